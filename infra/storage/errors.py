@@ -1,0 +1,35 @@
+"""What a storage adapter raises. Adapters translate foreign exceptions at their boundary.
+
+    StorageError
+    ├── InvalidOperationError    the caller's mistake (unknown column, wrong type, two atomic units): fix the call
+    ├── NoMutationError          a condition did not hold: nothing was written, read again
+    ├── UnavailableStorageError  nothing was written and the cause may pass (locked, full, unreachable): wait
+    └── UnknownOutcomeError      the write may or may not have been applied: read before you decide
+
+The classes mirror ScalarDB's NoMutationException and RetriableExecutionException; an unknown outcome is a
+class of its own because ScalarDB's plain ExecutionException leaves the caller to guess.
+"""
+
+
+class StorageError(Exception):
+    """Base of everything that a storage adapter raises."""
+
+
+class InvalidOperationError(StorageError):
+    """The operation can never succeed as written."""
+
+
+class NoMutationError(StorageError):
+    """A condition of a mutation did not hold; no mutation of its batch was applied."""
+
+
+class UnavailableStorageError(StorageError):
+    """The storage cannot serve now; nothing was written. Waiting may help, `remedy` says what else would."""
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+
+class UnknownOutcomeError(StorageError):
+    """The batch may have been applied wholly or not at all; only reading tells."""

@@ -1,0 +1,173 @@
+"""The vocabulary of storage: tables, keys, reads and conditional writes.
+
+The data model is Cassandra's, as ScalarDB uses it: a table has a partition key, a clustering key that orders
+the rows of a partition, and typed columns. Everything here is a frozen value without behaviour of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+from typing import TypeAlias
+
+Value: TypeAlias = bool | int | float | str | bytes | None
+"""One column's value. NULL is None."""
+
+Row: TypeAlias = dict[str, Value]
+"""All columns of one row, key columns included; columns that were never written are present as None."""
+
+
+class DataType(StrEnum):
+    """Column types, by ScalarDB's names. INT is 32 bit and BIGINT 64 bit, both signed."""
+
+    BOOLEAN = "BOOLEAN"
+    INT = "INT"
+    BIGINT = "BIGINT"
+    FLOAT = "FLOAT"
+    DOUBLE = "DOUBLE"
+    TEXT = "TEXT"
+    BLOB = "BLOB"
+
+
+@dataclass(frozen=True)
+class TableSchema:
+    """A table: `columns` names every column with its type, in order, key columns included."""
+
+    namespace: str
+    name: str
+    columns: Mapping[str, DataType]
+    partition_key: tuple[str, ...]
+    clustering_key: tuple[str, ...] = ()
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.namespace}.{self.name}"
+
+    @property
+    def key_columns(self) -> tuple[str, ...]:
+        return self.partition_key + self.clustering_key
+
+    def __hash__(self) -> int:
+        return hash((self.namespace, self.name))
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A primary key: values of the partition key columns, then of the clustering key columns."""
+
+    partition: tuple[Value, ...]
+    clustering: tuple[Value, ...] = ()
+
+
+class Operator(StrEnum):
+    EQ = "="
+    NE = "!="
+    LT = "<"
+    LE = "<="
+    GT = ">"
+    GE = ">="
+    IS_NULL = "IS NULL"
+    IS_NOT_NULL = "IS NOT NULL"
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnCondition:
+    """`column operator value`. As in SQL, every comparison with NULL is false; IS_NULL and IS_NOT_NULL test it."""
+
+    column: str
+    operator: Operator
+    value: Value = None
+
+
+@dataclass(frozen=True, slots=True)
+class IfNotExists:
+    """The row must be absent (put only)."""
+
+
+@dataclass(frozen=True, slots=True)
+class IfExists:
+    """The row must be present."""
+
+
+@dataclass(frozen=True, slots=True)
+class If:
+    """The row must be present and every condition must hold."""
+
+    conditions: tuple[ColumnCondition, ...]
+
+
+WriteCondition: TypeAlias = IfNotExists | IfExists | If
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Write `columns` (no key columns) of one row; columns not named keep their values. None condition: upsert."""
+
+    table: TableSchema
+    key: Key
+    columns: Mapping[str, Value]
+    condition: WriteCondition | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Remove one row. Without a condition, removing an absent row does nothing."""
+
+    table: TableSchema
+    key: Key
+    condition: IfExists | If | None = None
+
+
+Mutation: TypeAlias = Put | Delete
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """One end of a clustering range: a prefix of the clustering key's values, itself inside the range or not.
+
+    A prefix shorter than the clustering key stands for all rows that begin with it: as an inclusive bound it
+    takes them all in, as an exclusive one it leaves them all out.
+    """
+
+    values: tuple[Value, ...]
+    inclusive: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """Rows of one partition in clustering order (`reverse`: the other way), between two bounds.
+
+    `where` filters in the storage, before `limit` counts. `limit` 0 means no limit.
+    """
+
+    table: TableSchema
+    partition: tuple[Value, ...]
+    start: Bound | None = None
+    end: Bound | None = None
+    where: tuple[ColumnCondition, ...] = ()
+    limit: int = 0
+    reverse: bool = False
+
+
+class Atomicity(Enum):
+    """How far one `mutate` reaches atomically, smallest first (ScalarDB's StorageInfo)."""
+
+    PARTITION = 1
+    NAMESPACE = 2
+    STORAGE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class StorageInfo:
+    """What an adapter promises. `max_mutations` 0 means unlimited.
+
+    `serializes_batches`: the storage itself lets one conditional batch at a time into a unit, so that callers
+    need no gate before it (SQLite's single writer); Cassandra's Paxos rounds contend and need one.
+    """
+
+    name: str
+    atomicity: Atomicity
+    max_mutations: int = 0
+    serializes_batches: bool = False
+    options: Mapping[str, str] = field(default_factory=dict)
