@@ -182,7 +182,7 @@ class Reader(Protocol):
         """Rows of every bucket of this actor whose first key column is at most `limit_value`, at most `limit`."""
 
 
-Due = Callable[[Reader, int], Awaitable[list[Command]]]
+Due = Callable[[Reader, int], Awaitable[list[tuple[str, Command]]]]
 
 
 @dataclass
@@ -208,8 +208,8 @@ class Domain:
     def on_time(self, due: Due) -> Due:
         """Register the coroutine that, given committed rows and the time in ms, says which commands are due.
 
-        It may say the same command twice (after a restart, or while the first waits): its command id must then be
-        the same, which is why timers derive ids from what they act on.
+        It returns (command id, command). It may say the same command twice (after a restart, or while the first
+        waits): the id must then be the same, which is why timers derive ids from what they act on.
         """
         assert self.due is None
         self.due = due
