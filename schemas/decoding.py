@@ -1,9 +1,10 @@
 """JSON from strangers: bytes become a dict or one declared error, in bounded time and memory.
 
 The grammar is I-JSON (RFC 7493) made stricter: UTF-8 without a byte order mark, an object at the top, no repeated
-names, no lone surrogates or NUL in any string, integers within signed 64 bits, finite numbers, at most 64 levels.
-Each of these is refused here because somewhere behind it would mean something else: a repeated name is read
-differently by different parsers, a lone surrogate cannot be written back, NUL ends the text in some stores.
+names, no lone surrogates or NUL in any string, integers within signed 64 bits, finite numbers, at most 64 levels, at
+most 5,000 items in one array. Each of these is refused here because somewhere behind it would mean something else: a
+repeated name is read differently by different parsers, a lone surrogate cannot be written back, NUL ends the text in
+some stores; and a model complains of every item of an array, so a megabyte of `{},` would become gigabytes of errors.
 
 Depth is measured on the bytes, before anything recursive sees them, so nesting can exhaust no stack.
 Never here: pickle or any other format that can name code.
@@ -22,6 +23,9 @@ MAX_VALUE_BYTES = 1 << 20
 
 MAX_DEPTH = 64
 """How many objects and arrays may lie within each other."""
+
+MAX_ITEMS = 5_000
+"""How many items one array may have."""
 
 MAX_NUMBER_CHARS = 400
 """Longest spelling of a number: any double can be written exactly enough in far fewer."""
@@ -46,6 +50,7 @@ class DecodingReason(StrEnum):
     LONE_SURROGATE = "lone_surrogate"
     NUL_CHARACTER = "nul_character"
     TOO_DEEP = "too_deep"
+    TOO_MANY_ITEMS = "too_many_items"
 
 
 class DecodingError(ValueError):
@@ -91,6 +96,8 @@ def decode_json(data: bytes, *, max_bytes: int = MAX_VALUE_BYTES) -> dict[str, A
         raise DecodingError(DecodingReason.MALFORMED, f"{error.msg} at character {error.pos}") from None
     if not isinstance(value, dict):
         raise DecodingError(DecodingReason.NOT_AN_OBJECT, f"the top level is {_KINDS[type(value)]}")
+    if data.count(b",") >= MAX_ITEMS:
+        _check_lengths(value)
     if _SUSPICIOUS_ESCAPE.search(data):
         _check_strings(value)
     return value
@@ -108,6 +115,19 @@ def _check_depth(data: bytes) -> None:
                 raise DecodingError(DecodingReason.TOO_DEEP, f"more than {MAX_DEPTH} levels")
         elif first != _QUOTE:
             depth -= 1
+
+
+def _check_lengths(value: Any) -> None:
+    """Refuse long arrays. Only called when there are commas enough for one."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting.extend(item.values())
+        elif isinstance(item, list):
+            if len(item) > MAX_ITEMS:
+                raise DecodingError(DecodingReason.TOO_MANY_ITEMS, f"an array of {len(item)}, at most {MAX_ITEMS}")
+            waiting.extend(item)
 
 
 def _check_strings(value: Any) -> None:

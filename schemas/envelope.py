@@ -385,6 +385,7 @@ _REASON_OF_DECODING = {
     DecodingReason.LONE_SURROGATE: DeadLetterReason.WRONG_SHAPE,
     DecodingReason.NUL_CHARACTER: DeadLetterReason.WRONG_SHAPE,
     DecodingReason.TOO_DEEP: DeadLetterReason.WRONG_SHAPE,
+    DecodingReason.TOO_MANY_ITEMS: DeadLetterReason.WRONG_SHAPE,
 }
 
 

@@ -77,9 +77,19 @@ class Registry:
 
     def check_version(self, model: type[Message], version: int) -> None:
         """Raises UnknownVersionError when `version` is newer than the model or cannot be carried to it."""
-        name = model.type_name()
-        if version > model.version or any((name, old) not in self._upcasts for old in range(version, model.version)):
-            raise UnknownVersionError(f"{name}/{version}; the current version is {model.version}")
+        if version == model.version:
+            return
+        accepted = self.accepted_versions(model)
+        if version not in accepted:
+            known = " and ".join(map(str, accepted))
+            raise UnknownVersionError(f"{model.type_name()}/{version}; understood: {known}")
+
+    def accepted_versions(self, model: type[Message]) -> tuple[int, ...]:
+        """The versions of `model` that are understood, oldest first."""
+        oldest = model.version
+        while (model.type_name(), oldest - 1) in self._upcasts:
+            oldest -= 1
+        return tuple(range(oldest, model.version + 1))
 
     def upcast(self, model: type[Message], version: int, body: Body) -> Body:
         """`body` of that version as the model's own version has it. Raises UnknownVersionError."""

@@ -60,6 +60,11 @@ class Topic:
         """What the Kafka key of its messages means."""
         return ROLES[self.role].key
 
+    @property
+    def carries(self) -> str:
+        """What its messages are."""
+        return ROLES[self.role].carries
+
 
 def topic_name(domain: str, role: TopicRole) -> str:
     """`orders.commands`, `orders.commands.dlq`, …"""
