@@ -1,0 +1,170 @@
+"""Reads topics from outside of any consumer group: for the command line, for checks and for tests.
+
+Nothing here moves a position of the system, and nothing is acknowledged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaConnectionError, KafkaError
+
+from infra.messaging.errors import BrokerUnavailableError, MessagingError, UnknownTopicError
+
+_REQUEST_TIMEOUT_MS = 15_000
+_POLL_MS = 200
+_RECORDS_A_POLL = 2_000
+
+Position = tuple[str, int]
+"""(topic, partition)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A message as Kafka holds it. A header's name may occur twice, so headers stay a sequence."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp_ms: int
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes], ...]
+
+
+async def read_all(
+    bootstrap: str, topics: Sequence[str], *, from_beginning: bool = True, until_end: bool = True
+) -> AsyncIterator[Record]:
+    """The messages of `topics`, in order within each partition.
+
+    `until_end`: the ends are noted once at the beginning, and what arrives later is not waited for. Without
+    `from_beginning` reading begins at those ends, which only makes sense without `until_end`.
+    Raises BrokerUnavailableError and UnknownTopicError. Close the iterator (`aclosing`) if you leave it early.
+    """
+    async with _consumer(bootstrap) as consumer:
+        partitions = await _partitions(consumer, topics)
+        ends = await consumer.end_offsets(partitions)
+        starts = await consumer.beginning_offsets(partitions) if from_beginning else ends
+        remaining = {partition for partition in partitions if starts[partition] < ends[partition]}
+        wanted = remaining if until_end else set(partitions)
+        consumer.assign(sorted(wanted))
+        for partition in wanted:
+            consumer.seek(partition, starts[partition])
+        while wanted:
+            fetched = await consumer.getmany(timeout_ms=_POLL_MS, max_records=_RECORDS_A_POLL)
+            for partition, records in fetched.items():
+                for record in records:
+                    if until_end and record.offset >= ends[partition]:
+                        break
+                    yield Record(
+                        topic=record.topic,
+                        partition=record.partition,
+                        offset=record.offset,
+                        timestamp_ms=record.timestamp,
+                        key=record.key,
+                        value=record.value,
+                        headers=tuple(record.headers),
+                    )
+            if not until_end:
+                continue
+            # The position and not the last offset decides: a log may end in something that is no message.
+            for partition in list(remaining):
+                if await consumer.position(partition) >= ends[partition]:
+                    remaining.discard(partition)
+                    consumer.pause(partition)
+
+
+def tail(bootstrap: str, topics: Sequence[str], *, from_beginning: bool = False) -> AsyncIterator[Record]:
+    """The messages of `topics` as they come, for ever."""
+    return read_all(bootstrap, topics, from_beginning=from_beginning, until_end=False)
+
+
+async def end_offsets(bootstrap: str, topics: Sequence[str]) -> dict[Position, int]:
+    """The offset that each partition's next message will have."""
+    async with _consumer(bootstrap) as consumer:
+        ends = await consumer.end_offsets(await _partitions(consumer, topics))
+    return {(partition.topic, partition.partition): offset for partition, offset in ends.items()}
+
+
+async def committed_offsets(bootstrap: str, group: str) -> dict[Position, int]:
+    """What a consumer group has acknowledged: the next offset that it will read. Empty for an unknown group."""
+    async with _admin(bootstrap) as admin:
+        offsets = await admin.list_consumer_group_offsets(group)
+    return {(part.topic, part.partition): held.offset for part, held in offsets.items() if held.offset >= 0}
+
+
+async def lag(bootstrap: str, group: str, topics: Sequence[str]) -> dict[Position, int]:
+    """How many offsets each partition has beyond what the group has acknowledged.
+
+    A partition without an acknowledged offset, or with one that retention has passed, counts from its beginning.
+    """
+    committed = await committed_offsets(bootstrap, group)
+    async with _consumer(bootstrap) as consumer:
+        partitions = await _partitions(consumer, topics)
+        ends = await consumer.end_offsets(partitions)
+        starts = await consumer.beginning_offsets(partitions)
+    lags = {}
+    for partition in partitions:
+        position = (partition.topic, partition.partition)
+        lags[position] = max(0, ends[partition] - max(committed.get(position, 0), starts[partition]))
+    return lags
+
+
+async def cluster_id(bootstrap: str) -> str:
+    """The identity of the log behind `bootstrap`: positions of one log mean nothing in another."""
+    async with _admin(bootstrap) as admin:
+        cluster = await admin.describe_cluster()
+    return str(cluster["cluster_id"])
+
+
+async def _partitions(consumer: AIOKafkaConsumer, topics: Iterable[str]) -> list[TopicPartition]:
+    known = await consumer.topics()
+    partitions = []
+    for topic in topics:
+        if topic not in known:
+            raise UnknownTopicError(topic)
+        partitions += [TopicPartition(topic, number) for number in sorted(consumer.partitions_for_topic(topic))]
+    return partitions
+
+
+@contextmanager
+def _translated(bootstrap: str) -> Iterator[None]:
+    try:
+        yield
+    except KafkaConnectionError as error:
+        raise BrokerUnavailableError(bootstrap, str(error)) from error
+    except KafkaError as error:
+        raise MessagingError(f"Kafka refused the request: {error!r}") from error
+
+
+@asynccontextmanager
+async def _consumer(bootstrap: str) -> AsyncIterator[AIOKafkaConsumer]:
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=bootstrap,
+        group_id=None,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        request_timeout_ms=_REQUEST_TIMEOUT_MS,
+        max_partition_fetch_bytes=4 * 1024 * 1024,
+    )
+    try:
+        with _translated(bootstrap):
+            await consumer.start()
+            yield consumer
+    finally:
+        await consumer.stop()
+
+
+@asynccontextmanager
+async def _admin(bootstrap: str) -> AsyncIterator[AIOKafkaAdminClient]:
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap, request_timeout_ms=_REQUEST_TIMEOUT_MS)
+    try:
+        with _translated(bootstrap):
+            await admin.start()
+            yield admin
+    finally:
+        await admin.close()
