@@ -1,0 +1,225 @@
+"""The SQL of one table: statements composed from validated names, values always bound.
+
+Pure: nothing here opens a file. Names enter the text only through `_quoted`, operators only through a table of
+literals, and every value through a `?`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+from infra.storage.operations import (
+    Bound,
+    ColumnCondition,
+    DataType,
+    Delete,
+    If,
+    IfNotExists,
+    Key,
+    Mutation,
+    Operator,
+    Put,
+    Row,
+    Scan,
+    TableSchema,
+    Value,
+)
+from infra.storage.validation import check_identifier
+
+# SQLite's column affinities. Only values of the right type reach a statement, so no affinity ever converts one.
+_AFFINITIES: Mapping[DataType, str] = {
+    DataType.BOOLEAN: "INTEGER",
+    DataType.INT: "INTEGER",
+    DataType.BIGINT: "INTEGER",
+    DataType.FLOAT: "REAL",
+    DataType.DOUBLE: "REAL",
+    DataType.TEXT: "TEXT",
+    DataType.BLOB: "BLOB",
+}
+
+_OPERATORS: Mapping[Operator, str] = {
+    Operator.EQ: "= ?",
+    Operator.NE: "<> ?",
+    Operator.LT: "< ?",
+    Operator.LE: "<= ?",
+    Operator.GT: "> ?",
+    Operator.GE: ">= ?",
+    Operator.IS_NULL: "IS NULL",
+    Operator.IS_NOT_NULL: "IS NOT NULL",
+}
+
+_UNARY = frozenset({Operator.IS_NULL, Operator.IS_NOT_NULL})
+
+# Statements differ by the columns and conditions that callers name, so there are a few dozen for a table. A caller
+# that composes filters freely must not grow the cache without end.
+_MAX_CACHED_STATEMENTS = 500
+
+Parameters = tuple[Value, ...]
+
+
+class Write(NamedTuple):
+    """A statement that writes one row. `conditional`: it must change a row, else its condition did not hold."""
+
+    sql: str
+    conditional: bool
+
+
+Statement = TypeVar("Statement", str, Write)
+
+
+class TableStatements:
+    """Turns reads and mutations of one table into SQL text and parameters, and result rows into `Row`s."""
+
+    def __init__(self, table: TableSchema) -> None:
+        self.table = table
+        self._columns = tuple(table.columns)
+        self._name = _quoted(table.name)
+        self._key = _conjunction(f"{_quoted(column)} = ?" for column in table.key_columns)
+        self._selected = _list(self._columns)
+        self._booleans = tuple(c for c, data_type in table.columns.items() if data_type is DataType.BOOLEAN)
+        self._writes: dict[object, Write] = {}
+        self._scans: dict[object, str] = {}
+        self.get = f"SELECT {self._selected} FROM {self._name} WHERE {self._key}"
+
+    def create_table(self) -> str:
+        columns = ", ".join(f"{_quoted(c)} {_AFFINITIES[data_type]}" for c, data_type in self.table.columns.items())
+        return f"CREATE TABLE {self._name} ({columns}, PRIMARY KEY ({_list(self.table.key_columns)})) WITHOUT ROWID"
+
+    def row(self, values: Sequence[Value]) -> Row:
+        """The columns of `get` and `scan` as the port's row."""
+        row = dict(zip(self._columns, values, strict=True))
+        for column in self._booleans:
+            value = row[column]
+            row[column] = None if value is None else bool(value)
+        return row
+
+    def write(self, mutation: Mutation) -> tuple[Write, Parameters]:
+        """The statement that applies `mutation` if its condition holds, with its parameters."""
+        condition = mutation.condition
+        conditions = condition.conditions if isinstance(condition, If) else ()
+        columns = tuple(mutation.columns) if isinstance(mutation, Put) else None
+        shape = (columns, type(condition), *((c.column, c.operator) for c in conditions))
+        statement = self._writes.get(shape)
+        if statement is None:
+            statement = _remember(self._writes, shape, self._compose_write(mutation))
+        key = mutation.key.partition + mutation.key.clustering
+        values = tuple(mutation.columns.values()) if isinstance(mutation, Put) else ()
+        if isinstance(mutation, Put) and (condition is None or isinstance(condition, IfNotExists)):
+            return statement, key + values
+        return statement, values + key + _compared(conditions)
+
+    def scan(self, scan: Scan) -> tuple[str, Parameters]:
+        """The statement that reads what `scan` names, with its parameters."""
+        shape = (
+            None if scan.start is None else (len(scan.start.values), scan.start.inclusive),
+            None if scan.end is None else (len(scan.end.values), scan.end.inclusive),
+            tuple((c.column, c.operator) for c in scan.where),
+            scan.reverse,
+        )
+        sql = self._scans.get(shape)
+        if sql is None:
+            sql = _remember(self._scans, shape, self._compose_scan(scan))
+        start = scan.start.values if scan.start else ()
+        end = scan.end.values if scan.end else ()
+        return sql, (*scan.partition, *start, *end, *_compared(scan.where), scan.limit or -1)
+
+    def first_partition(self) -> str:
+        """The smallest partition key."""
+        columns = _list(self.table.partition_key)
+        return f"SELECT {columns} FROM {self._name} ORDER BY {columns} LIMIT 1"
+
+    def next_partition(self) -> str:
+        """The smallest partition key above the given one: one seek, however many rows a partition holds."""
+        columns = _list(self.table.partition_key)
+        marks = _marks(len(self.table.partition_key))
+        return f"SELECT {columns} FROM {self._name} WHERE ({columns}) > ({marks}) ORDER BY {columns} LIMIT 1"
+
+    def partition(self, values: Sequence[Value]) -> tuple[Value, ...]:
+        """The columns of `first_partition` and `next_partition` as a partition key."""
+        types = self.table.columns
+        return tuple(
+            bool(value) if types[column] is DataType.BOOLEAN else value
+            for column, value in zip(self.table.partition_key, values, strict=True)
+        )
+
+    def _compose_write(self, mutation: Mutation) -> Write:
+        condition = mutation.condition
+        conditions = condition.conditions if isinstance(condition, If) else ()
+        where = _conjunction([self._key, *map(_comparison, conditions)])
+        if isinstance(mutation, Delete):
+            return Write(f"DELETE FROM {self._name} WHERE {where}", condition is not None)
+        columns = tuple(mutation.columns)
+        if condition is not None and not isinstance(condition, IfNotExists):
+            # With nothing to set, the statement must still find the row and count it.
+            one = _quoted(self._columns[0])
+            changes = _assignments(columns, "?") or f"{one} = {one}"
+            return Write(f"UPDATE {self._name} SET {changes} WHERE {where}", True)
+        keys = _list(self.table.key_columns)
+        inserted = _list(self.table.key_columns + columns)
+        marks = _marks(len(self.table.key_columns) + len(columns))
+        insert = f"INSERT INTO {self._name} ({inserted}) VALUES ({marks}) ON CONFLICT ({keys}) DO"
+        if isinstance(condition, IfNotExists):
+            return Write(f"{insert} NOTHING", True)
+        if not columns:
+            return Write(f"{insert} NOTHING", False)
+        return Write(f"{insert} UPDATE SET {_assignments(columns, None)}", False)
+
+    def _compose_scan(self, scan: Scan) -> str:
+        table = self.table
+        terms = [f"{_quoted(column)} = ?" for column in table.partition_key]
+        terms += self._range(scan.start, ">=", ">")
+        terms += self._range(scan.end, "<=", "<")
+        terms += map(_comparison, scan.where)
+        direction = "DESC" if scan.reverse else "ASC"
+        order = ", ".join(f"{_quoted(column)} {direction}" for column in table.key_columns)
+        return f"SELECT {self._selected} FROM {self._name} WHERE {_conjunction(terms)} ORDER BY {order} LIMIT ?"
+
+    def _range(self, bound: Bound | None, inclusive: str, exclusive: str) -> list[str]:
+        if bound is None:
+            return []
+        if not bound.values:
+            return [] if bound.inclusive else ["0"]
+        columns = _list(self.table.clustering_key[: len(bound.values)])
+        return [f"({columns}) {inclusive if bound.inclusive else exclusive} ({_marks(len(bound.values))})"]
+
+
+def key_parameters(key: Key) -> Parameters:
+    """The parameters of `TableStatements.get`."""
+    return key.partition + key.clustering
+
+
+def _quoted(name: str) -> str:
+    return f'"{check_identifier(name)}"'
+
+
+def _list(columns: Iterable[str]) -> str:
+    return ", ".join(map(_quoted, columns))
+
+
+def _marks(count: int) -> str:
+    return ", ".join("?" * count)
+
+
+def _conjunction(terms: Iterable[str]) -> str:
+    return " AND ".join(terms)
+
+
+def _comparison(condition: ColumnCondition) -> str:
+    return f"{_quoted(condition.column)} {_OPERATORS[condition.operator]}"
+
+
+def _compared(conditions: Iterable[ColumnCondition]) -> Parameters:
+    return tuple(c.value for c in conditions if c.operator not in _UNARY)
+
+
+def _assignments(columns: Iterable[str], source: str | None) -> str:
+    """`"a" = ?` for each column, or `"a" = excluded."a"` without a source."""
+    return ", ".join(f"{_quoted(c)} = {source or f'excluded.{_quoted(c)}'}" for c in columns)
+
+
+def _remember(cache: dict[object, Statement], shape: object, value: Statement) -> Statement:
+    if len(cache) >= _MAX_CACHED_STATEMENTS:
+        cache.clear()
+    cache[shape] = value
+    return value

@@ -1,0 +1,271 @@
+"""What every adapter refuses, decided in one place so that all adapters refuse the same calls.
+
+`TableRules` is compiled once for each table and then asked for every read and write. Messages name tables,
+columns and types, never values: they end up in logs.
+
+Rules that the port leaves open, settled here:
+
+- Names are `[A-Za-z_][A-Za-z0-9_]*`; namespaces and tables have at most 48 characters (Cassandra's limit). Names
+  that differ only by case are refused, because SQLite and some file systems cannot tell them apart.
+- Key columns are never NULL, FLOAT or DOUBLE.
+- A bool is no int and an int is no float. INT has 32 bits, BIGINT 64. A FLOAT must be exact in 32 bits. NaN is
+  refused: it equals nothing, itself included, and SQLite would store NULL.
+- TEXT must be encodable as UTF-8, so no lone surrogates. NUL is allowed.
+- Subclasses of int, str, bytes and float (enumerations) are taken by their plain value.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from infra.storage.errors import InvalidOperationError
+from infra.storage.operations import (
+    Atomicity,
+    Bound,
+    ColumnCondition,
+    DataType,
+    Delete,
+    If,
+    IfExists,
+    IfNotExists,
+    Key,
+    Mutation,
+    Operator,
+    Put,
+    Scan,
+    TableSchema,
+    Value,
+    WriteCondition,
+)
+from infra.storage.port import atomic_unit
+
+MAX_NAME_LENGTH = 48
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+
+
+def is_identifier(name: str) -> bool:
+    """Whether `name` may stand in a statement or a file name."""
+    return isinstance(name, str) and _IDENTIFIER.fullmatch(name) is not None
+
+
+def check_identifier(name: str) -> str:
+    """`name` itself if it is an identifier, else InvalidOperationError."""
+    if not is_identifier(name):
+        raise InvalidOperationError(f"{name!r} is not a name: letters, digits and _ only, no digit first")
+    return name
+
+
+def check_table(table: TableSchema) -> None:
+    """Refuse a table that some adapter could not hold."""
+    for name in (table.namespace, table.name):
+        check_identifier(name)
+        if len(name) > MAX_NAME_LENGTH:
+            raise InvalidOperationError(f"{name!r} is longer than {MAX_NAME_LENGTH} characters")
+        if name.lower().startswith("sqlite_"):
+            raise InvalidOperationError(f"{name!r}: names that begin with sqlite_ are SQLite's own")
+    for column, data_type in table.columns.items():
+        check_identifier(column)
+        if not isinstance(data_type, DataType):
+            raise InvalidOperationError(f"{table.full_name}.{column}: {data_type!r} is not a DataType")
+    if len({column.lower() for column in table.columns}) != len(table.columns):
+        raise InvalidOperationError(f"{table.full_name}: two columns differ only by case")
+    if not table.partition_key:
+        raise InvalidOperationError(f"{table.full_name}: no partition key")
+    if len(set(table.key_columns)) != len(table.key_columns):
+        raise InvalidOperationError(f"{table.full_name}: a column stands twice in the primary key")
+    for column in table.key_columns:
+        if column not in table.columns:
+            raise InvalidOperationError(f"{table.full_name}: key column {column!r} is not a column")
+        if table.columns[column] in (DataType.FLOAT, DataType.DOUBLE):
+            raise InvalidOperationError(f"{table.full_name}.{column}: {table.columns[column]} cannot be a key")
+
+
+def is_same_table(one: TableSchema, other: TableSchema) -> bool:
+    """Whether two schemas of one name mean the same table; the order of non-key columns does not matter."""
+    return (
+        one.full_name == other.full_name
+        and dict(one.columns) == dict(other.columns)
+        and one.partition_key == other.partition_key
+        and one.clustering_key == other.clustering_key
+    )
+
+
+def needs_creation(table: TableSchema, existing: Iterable[TableSchema]) -> bool:
+    """Whether `table` is absent from `existing`; InvalidOperationError if something else stands in its place."""
+    for other in existing:
+        if other.full_name == table.full_name:
+            if not is_same_table(table, other):
+                raise InvalidOperationError(f"{table.full_name} exists with other columns or keys")
+            return False
+        if other.full_name.lower() == table.full_name.lower() or (
+            other.namespace != table.namespace and other.namespace.lower() == table.namespace.lower()
+        ):
+            raise InvalidOperationError(f"{table.full_name} and {other.full_name} differ only by case")
+    return True
+
+
+def _check_boolean(value: Value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError
+
+
+def _check_int(value: Value) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError
+    if not -(2**31) <= value < 2**31:
+        raise ValueError("out of the range of 32 bits")
+
+
+def _check_bigint(value: Value) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError
+    if not -(2**63) <= value < 2**63:
+        raise ValueError("out of the range of 64 bits")
+
+
+def _check_float(value: Value) -> None:
+    if not isinstance(value, float):
+        raise TypeError
+    try:
+        exact: bool = struct.unpack("f", struct.pack("f", value))[0] == value
+    except OverflowError:
+        exact = False
+    if not exact:
+        raise ValueError("not exact in 32 bits (NaN never is)")
+
+
+def _check_double(value: Value) -> None:
+    if not isinstance(value, float):
+        raise TypeError
+    if value != value:
+        raise ValueError("NaN")
+
+
+def _check_text(value: Value) -> None:
+    if not isinstance(value, str):
+        raise TypeError
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("not encodable as UTF-8") from None
+
+
+def _check_blob(value: Value) -> None:
+    if not isinstance(value, bytes):
+        raise TypeError
+
+
+_CHECKS: Mapping[DataType, Callable[[Value], None]] = {
+    DataType.BOOLEAN: _check_boolean,
+    DataType.INT: _check_int,
+    DataType.BIGINT: _check_bigint,
+    DataType.FLOAT: _check_float,
+    DataType.DOUBLE: _check_double,
+    DataType.TEXT: _check_text,
+    DataType.BLOB: _check_blob,
+}
+
+
+class TableRules:
+    """What reads and writes of one table must look like. Every `check_…` raises InvalidOperationError."""
+
+    def __init__(self, table: TableSchema) -> None:
+        check_table(table)
+        self._table = table
+        self._checks = {column: _CHECKS[data_type] for column, data_type in table.columns.items()}
+        self._value_checks = {c: check for c, check in self._checks.items() if c not in table.key_columns}
+
+    def check_key(self, key: Key) -> None:
+        if not isinstance(key, Key):
+            raise InvalidOperationError(f"{self._table.full_name}: {type(key).__name__} is not a Key")
+        self.check_partition(key.partition)
+        self._check_key_values(self._table.clustering_key, key.clustering)
+
+    def check_partition(self, partition: tuple[Value, ...]) -> None:
+        self._check_key_values(self._table.partition_key, partition)
+
+    def check_scan(self, scan: Scan) -> None:
+        self.check_partition(scan.partition)
+        for bound in (scan.start, scan.end):
+            if bound is not None:
+                self._check_bound(bound)
+        for condition in scan.where:
+            self._check_condition(condition)
+        if not isinstance(scan.limit, int) or isinstance(scan.limit, bool) or not 0 <= scan.limit < 2**63:
+            raise InvalidOperationError(f"{self._table.full_name}: a limit is 0 (none) or a positive number")
+
+    def check_mutation(self, mutation: Mutation) -> None:
+        self.check_key(mutation.key)
+        if isinstance(mutation, Put):
+            self._check_columns(mutation.columns)
+        condition: WriteCondition | None = mutation.condition
+        if isinstance(condition, If):
+            for column_condition in condition.conditions:
+                self._check_condition(column_condition)
+        elif isinstance(condition, IfNotExists):
+            if isinstance(mutation, Delete):
+                raise InvalidOperationError(f"{self._table.full_name}: a delete cannot ask for an absent row")
+        elif condition is not None and not isinstance(condition, IfExists):
+            raise InvalidOperationError(f"{type(condition).__name__} is not a condition of a write")
+
+    def _check_key_values(self, columns: tuple[str, ...], values: tuple[Value, ...]) -> None:
+        if not isinstance(values, tuple) or len(values) != len(columns):
+            raise InvalidOperationError(f"{self._table.full_name}: a key needs values for {columns}")
+        for column, value in zip(columns, values, strict=True):
+            if value is None:
+                raise InvalidOperationError(f"{self._table.full_name}.{column}: NULL in a key")
+            self._check_value(column, self._checks[column], value)
+
+    def _check_columns(self, columns: Mapping[str, Value]) -> None:
+        for column, value in columns.items():
+            check = self._value_checks.get(column)
+            if check is None:
+                what = "a key column, which a put names in its key" if column in self._checks else "no column"
+                raise InvalidOperationError(f"{self._table.full_name}: {column!r} is {what}")
+            if value is not None:
+                self._check_value(column, check, value)
+
+    def _check_condition(self, condition: ColumnCondition) -> None:
+        if not isinstance(condition, ColumnCondition) or not isinstance(condition.operator, Operator):
+            raise InvalidOperationError(f"{self._table.full_name}: not a condition on a column")
+        check = self._checks.get(condition.column)
+        if check is None:
+            raise InvalidOperationError(f"{self._table.full_name}: {condition.column!r} is no column")
+        if condition.value is not None:
+            self._check_value(condition.column, check, condition.value)
+
+    def _check_bound(self, bound: Bound) -> None:
+        if not isinstance(bound.values, tuple):
+            raise InvalidOperationError(f"{self._table.full_name}: a bound holds a tuple of values")
+        columns = self._table.clustering_key[: len(bound.values)]
+        self._check_key_values(columns, bound.values)
+
+    def _check_value(self, column: str, check: Callable[[Value], None], value: Value) -> None:
+        try:
+            check(value)
+        except TypeError:
+            raise InvalidOperationError(
+                f"{self._table.full_name}.{column} is {self._table.columns[column]}, not {type(value).__name__}"
+            ) from None
+        except ValueError as error:
+            raise InvalidOperationError(
+                f"{self._table.full_name}.{column} ({self._table.columns[column]}): {error}"
+            ) from None
+
+
+def check_one_unit(mutations: Sequence[Mutation], atomicity: Atomicity) -> None:
+    """Refuse a batch that spans two atomic units or names a key twice. The mutations were checked one by one."""
+    if len(mutations) < 2:
+        return
+    first = atomic_unit(atomicity, mutations[0].table, mutations[0].key)
+    seen = set()
+    for mutation in mutations:
+        table, key = mutation.table, mutation.key
+        if atomic_unit(atomicity, table, key) != first:
+            raise InvalidOperationError(f"one batch, two atomic units ({atomicity.name}): {table.full_name}")
+        seen.add((table.namespace, table.name, key.partition, key.clustering))
+    if len(seen) != len(mutations):
+        raise InvalidOperationError(f"one batch names a key twice: {mutations[0].table.full_name}")
