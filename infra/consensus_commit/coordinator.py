@@ -1,0 +1,208 @@
+"""The coordinator side: the state table, whose rows decide transactions.
+
+A transaction is committed at the instant its COMMITTED row comes to be, and aborted at the instant its ABORTED row
+does. Each is a put-if-absent, so the first writer wins and nobody changes a row afterwards. Whoever wants to abort a
+transaction puts ABORTED and obeys the winner; looking alone aborts nobody.
+
+A put whose outcome is unknown is tried again: the row is the same whoever wrote it, so that a second put either
+decides or meets the decision. What is never done is to guess.
+
+Source: ScalarDB's Coordinator and CommitHandler; the table has exactly its columns (`coordinator.state`, without group
+commit and write-set logging). Never touches user records.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import cast
+
+from infra.clock import Clock
+from infra.consensus_commit.errors import CommitConflictError, UnknownTransactionStatusError
+from infra.consensus_commit.intents import Intent, IntentLog, records_intent
+from infra.consensus_commit.states import TransactionState
+from infra.failpoints import reach
+from infra.storage.errors import NoMutationError, UnavailableStorageError, UnknownOutcomeError
+from infra.storage.operations import (
+    ColumnCondition,
+    DataType,
+    Delete,
+    If,
+    IfNotExists,
+    Key,
+    Operator,
+    Put,
+    TableSchema,
+    Value,
+)
+from infra.storage.port import Storage
+
+Sleep = Callable[[float], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class StateRow:
+    """What was decided about a transaction (COMMITTED or ABORTED), and when (ms since the epoch)."""
+
+    tx_id: str
+    state: TransactionState
+    created_at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """How many state rows a pruning forgot."""
+
+    committed: int
+    aborted: int
+
+
+class CoordinatorStates:
+    """The state table. `tries` and `backoff_ms` (doubled each time) are for puts that storage did not serve."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        clock: Clock,
+        *,
+        namespace: str = "coordinator",
+        tries: int = 5,
+        backoff_ms: int = 50,
+        sleep: Sleep = asyncio.sleep,
+    ) -> None:
+        self._storage = storage
+        self._clock = clock
+        self._tries = tries
+        self._backoff_ms = backoff_ms
+        self._sleep = sleep
+        self.table = TableSchema(
+            namespace,
+            "state",
+            {"tx_id": DataType.TEXT, "tx_state": DataType.INT, "tx_created_at": DataType.BIGINT},
+            partition_key=("tx_id",),
+        )
+
+    async def create_tables(self) -> None:
+        await self._storage.create_table(self.table)
+
+    async def get_state(self, tx_id: str) -> StateRow | None:
+        """What was decided about `tx_id`; None while undecided (or once pruned)."""
+        row = await self._storage.get(self.table, Key((tx_id,)))
+        if row is None:
+            return None
+        return StateRow(tx_id, TransactionState(cast(int, row["tx_state"])), cast(int, row["tx_created_at"]))
+
+    async def commit_state(self, tx_id: str, committed_at_ms: int) -> None:
+        """Commit `tx_id`, as of `committed_at_ms` (the stamp that its records will carry).
+
+        Raises CommitConflictError if it has been aborted, UnknownTransactionStatusError if storage did not say, and
+        UnavailableStorageError if surely nothing was written: then nothing is decided.
+        """
+        await reach("commit_state.before")
+        try:
+            await self._put(tx_id, TransactionState.COMMITTED, committed_at_ms)
+        except NoMutationError:
+            try:
+                winner = await self.get_state(tx_id)
+            except UnavailableStorageError as error:
+                raise UnknownTransactionStatusError(f"the state of {tx_id} cannot be read", tx_id) from error
+            if winner is None or winner.state is not TransactionState.COMMITTED:
+                raise CommitConflictError(f"transaction {tx_id} was aborted by another") from None
+        await reach("commit_state.after")
+
+    async def abort_state(self, tx_id: str) -> StateRow:
+        """Abort `tx_id` unless it is decided; the decision that stands, to be obeyed.
+
+        Raises UnknownTransactionStatusError if storage did not say, UnavailableStorageError if surely nothing was
+        written.
+        """
+        created_at_ms = self._clock.now_ms()
+        for _ in range(self._tries):
+            try:
+                await self._put(tx_id, TransactionState.ABORTED, created_at_ms)
+                return StateRow(tx_id, TransactionState.ABORTED, created_at_ms)
+            except NoMutationError:
+                try:
+                    winner = await self.get_state(tx_id)
+                except UnavailableStorageError as error:
+                    raise UnknownTransactionStatusError(f"the state of {tx_id} cannot be read", tx_id) from error
+                if winner is not None:
+                    return winner
+                # Pruned between the put and the read: decide again.
+        raise UnknownTransactionStatusError(f"the state of {tx_id} appears and disappears", tx_id)
+
+    async def _put(self, tx_id: str, state: TransactionState, created_at_ms: int) -> None:
+        columns: dict[str, Value] = {"tx_state": state.value, "tx_created_at": created_at_ms}
+        put = Put(self.table, Key((tx_id,)), columns, IfNotExists())
+        unknown: UnknownOutcomeError | None = None
+        unavailable: UnavailableStorageError | None = None
+        for attempt in range(self._tries):
+            if attempt:
+                await self._sleep(self._backoff_ms * 2 ** (attempt - 1) / 1000)
+            try:
+                return await self._storage.mutate([put])
+            except UnknownOutcomeError as error:
+                unknown = error
+            except UnavailableStorageError as error:
+                unavailable = error
+        if unknown is not None:
+            raise UnknownTransactionStatusError(
+                f"putting {state.name} for {tx_id} was not answered", tx_id
+            ) from unknown
+        assert unavailable is not None
+        raise unavailable
+
+    async def prune(
+        self, intents: IntentLog, *, older_than_ms: int, writer_is_gone: Callable[[Intent], bool]
+    ) -> Pruned:
+        """Forget decisions made more than `older_than_ms` ago that nobody can need again.
+
+        - COMMITTED goes if its transaction records intents and has none left: then every record was seen settled.
+          A transaction of another kind (a Java program's, say) may still have prepared records, and they would be
+          rolled back without this row: it is kept.
+        - ABORTED goes if its intent says that every record was rolled back, and `writer_is_gone(intent)`: a writer
+          that was only paused would otherwise find no row in its way and commit. Without an intent it is kept.
+
+        Reads the whole state table, then the intents: a transaction records its intent before its first record and
+        removes it last, so that one without intent at that point has been settled. Storage errors pass through;
+        pruning again is harmless.
+        """
+        cutoff_ms = self._clock.now_ms() - older_than_ms
+        tx_ids = [cast(str, partition[0]) for partition in await self._storage.partitions(self.table)]
+        states = [state for tx_id in tx_ids if (state := await self.get_state(tx_id)) is not None]
+        intent_of = {intent.tx_id: intent for intent in await intents.all()}
+        committed = aborted = 0
+        forgotten: list[Intent] = []
+        for state in states:
+            if state.created_at_ms >= cutoff_ms:
+                continue
+            intent = intent_of.get(state.tx_id)
+            if state.state is TransactionState.COMMITTED:
+                if intent is None and records_intent(state.tx_id):
+                    committed += await self.forget(state)
+            elif intent is not None and intent.aborted and writer_is_gone(intent):
+                aborted += await self.forget(state)
+                forgotten.append(intent)
+        # The row first, then the intent: the other way round, a crash in between would keep the row for ever.
+        known = set(tx_ids)
+        for intent in intent_of.values():
+            lost = intent.aborted and intent.tx_id not in known and intent.created_at_ms < cutoff_ms
+            if lost and writer_is_gone(intent):
+                forgotten.append(intent)
+        for intent in forgotten:
+            await intents.remove(intent.coordinator, [intent.tx_id])
+        return Pruned(committed, aborted)
+
+    async def forget(self, state: StateRow) -> int:
+        """Remove a decision that nobody can need again; the number of rows removed (0 if it was not there).
+
+        For an ABORTED one that is so when no write of its transaction can be under way any more (rule 8): the caller
+        has every participant's word, or knows their processes gone. Storage errors pass through.
+        """
+        still = If((ColumnCondition("tx_state", Operator.EQ, state.state.value),))
+        try:
+            await self._storage.mutate([Delete(self.table, Key((state.tx_id,)), still)])
+        except NoMutationError:
+            return 0
+        return 1

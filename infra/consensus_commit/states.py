@@ -1,0 +1,38 @@
+"""The states of records and transactions, and the isolation levels: ScalarDB's names and numbers.
+
+A record moves between them by conditional writes alone:
+
+                    prepare                commit
+    absent/COMMITTED ─────► PREPARED ────────────────► COMMITTED
+           ▲                   │ roll back
+           └───────────────────┘
+                    prepare (a delete)     commit
+    absent/COMMITTED ─────► DELETED ─────────────────► absent
+
+The state table holds COMMITTED or ABORTED for a transaction, written once and never changed.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, StrEnum
+
+
+class TransactionState(IntEnum):
+    """ScalarDB's TransactionState, as stored in `tx_state`."""
+
+    PREPARED = 1
+    DELETED = 2
+    COMMITTED = 3
+    ABORTED = 4
+
+
+class Isolation(StrEnum):
+    """How much a transaction may see of others.
+
+    SNAPSHOT prevents dirty, intermediate and vanishing reads and lost updates, but allows read skew, write skew and
+    phantoms. SERIALIZABLE also validates everything that was read, after preparing and before committing (ScalarDB's
+    EXTRA_READ), and is then strictly serializable.
+    """
+
+    SNAPSHOT = "SNAPSHOT"
+    SERIALIZABLE = "SERIALIZABLE"
