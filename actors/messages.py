@@ -1,7 +1,8 @@
 """What actors say to each other. Every method takes a list of these and answers with a list, one reply for each.
 
     home ──execute──►  (from the stream processor: RawMessage -> Answer)
-    home ──invoke────► participant     Invocation     -> InvocationReply
+    home ──invoke────► participant     Invocation     -> InvocationReply | Deferred (ask `collect` for it)
+    home ──collect───► participant     Ticket         -> InvocationReply
     home ──commit────► coordinator     CommitRequest  -> Decision
     coordinator ──prepare─► participant   Prepare     -> Verdict
     coordinator ──validate► participant   Validate    -> Verdict
@@ -102,6 +103,22 @@ class Share:
 class InvocationReply:
     share: Share
     results: tuple[CallResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """The calls wait for a key that another transaction owns: ask `collect`, alone, for their reply.
+
+    Without it a reply would wait for the slowest item of its batch, which may itself wait for the transaction that
+    the reply belongs to.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    tx_id: str
+    first: int
+    calls: int
 
 
 @dataclass(frozen=True, slots=True)

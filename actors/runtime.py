@@ -70,16 +70,32 @@ class Mailroom:
         self._waiting: dict[tuple[str, str], list[tuple[Any, asyncio.Future[Any]]]] = {}
         self._under_way: dict[tuple[str, str], int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    def close(self) -> None:
+        """Send nothing any more: what a crash does to a process's letters (local runtime only)."""
+        self._closed = True
 
     async def ask(self, actor: str, method: str, item: Any) -> Any:
         """The reply to one item. Raises ActorLostError."""
         return await self.post(actor, method, item)
+
+    async def ask_alone(self, actor: str, method: str, item: Any) -> Any:
+        """Like `ask`, in a message of its own: for what may wait long and must not make others wait."""
+        if self._closed:
+            raise ActorLostError(actor)
+        (reply,) = await self._runtime.ask(actor, method, [item])
+        return reply
 
     def post(self, actor: str, method: str, item: Any) -> asyncio.Future[Any]:
         """Like `ask`, without waiting: items posted to one actor's method are sent in the order of posting."""
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()
         address = (actor, method)
+        if self._closed:
+            reply.set_exception(ActorLostError(actor))
+            reply.exception()
+            return reply
         queue = self._waiting.setdefault(address, [])
         queue.append((item, reply))
         if len(queue) == 1:

@@ -1,0 +1,352 @@
+"""The coordinator actor: drives two-phase commit, one conditional insert of a state row decides.
+
+    record the intent ─► prepare records ─► validate records ─► commit state ─► commit records ─► remove the intent
+                              └──────────────┴─► abort state, obey the winner ─► roll back records
+
+It never touches a user's record: participants do, each its own. Its memory is worth nothing: what it was doing is in
+the intents (rule 7), and a restarted coordinator settles its predecessor's before anything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Awaitable, Callable, Iterable
+
+import structlog
+
+from actors.incarnations import Incarnations
+from actors.messages import (
+    CommitRecords,
+    CommitRequest,
+    Decision,
+    Health,
+    Partition,
+    Prepare,
+    Rollback,
+    Settle,
+    Share,
+    Trouble,
+    Validate,
+    Verdict,
+)
+from actors.runtime import ActorLostError, Mailroom, Placement, actor_name
+from infra.clock import Clock
+from infra.consensus_commit.coordinator import CoordinatorStates, StateRow
+from infra.consensus_commit.errors import TransactionConflictError, UnknownTransactionStatusError
+from infra.consensus_commit.intents import Intent, IntentLog
+from infra.consensus_commit.states import TransactionState
+from infra.failpoints import reach
+from infra.storage.errors import StorageError
+from schemas.partitioning import shard_of
+
+log = structlog.get_logger()
+
+PRUNE_INTERVAL_S = 3_600.0
+
+
+class CoordinatorActor:
+    """One coordinator. `start` must have returned before it is asked anything."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        placement: Placement,
+        states: CoordinatorStates,
+        intents: IntentLog,
+        incarnations: Incarnations,
+        mailroom: Mailroom,
+        clock: Clock,
+        sweep_interval_s: float = 5.0,
+        state_window_ms: int = 7 * 24 * 3_600_000,
+    ) -> None:
+        self.name = name
+        self.incarnation = ""
+        self._placement = placement
+        self._states = states
+        self._intents = intents
+        self._incarnations = incarnations
+        self._mailroom = mailroom
+        self._clock = clock
+        self._sweep_interval_s = sweep_interval_s
+        self._state_window_ms = state_window_ms
+        self._active: set[str] = set()
+        self._first_seen_s: dict[str, float] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sweeper: asyncio.Future[None] | None = None
+
+    async def start(self) -> None:
+        """Create the coordinator's tables, register, and begin to settle what predecessors left."""
+        await self._states.create_tables()
+        await self._intents.create_tables()
+        await self._incarnations.create_tables()
+        self.incarnation = await self._incarnations.register(self.name)
+        self._sweeper = asyncio.ensure_future(self._sweep_forever())
+
+    async def stop(self) -> None:
+        """Let running commits bring their records to rest, then end."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=5)
+
+    async def health(self, items: list[None]) -> list[Health]:
+        return [Health(self.name, self.incarnation, os.getpid(), len(self._active)) for _ in items]
+
+    async def commit(self, requests: list[CommitRequest]) -> list[Decision]:
+        """Decide each request: committed at a time, or not and why."""
+        return list(await asyncio.gather(*(self._commit(request) for request in requests)))
+
+    async def _commit(self, request: CommitRequest) -> Decision:
+        self._active.add(request.tx_id)
+        keep_active = False
+        try:
+            writers = [s for s in request.shares if s.has_writes and request.drop_writes_except in ("", s.actor)]
+            partitions = tuple(partition for share in writers for partition in share.partitions)
+            try:
+                if writers:
+                    await self._intents.record([self._intent(request, partitions)])
+            except StorageError as error:
+                await self._roll_back(request)
+                return Decision(trouble=Trouble.UNAVAILABLE, detail=str(error))
+            verdict = await self._forward(request, writers)
+            if verdict.trouble is None:
+                winner = await self._decide(request.tx_id, writers)
+                if winner.state is TransactionState.COMMITTED:
+                    keep_active = True
+                    self._spawn(self._commit_records(request, partitions, winner))
+                    return Decision(committed_at_ms=winner.created_at_ms)
+                verdict = Verdict(Trouble.CONFLICT, "aborted by recovery")
+            await self._abort(request, partitions, told=verdict)
+            return Decision(trouble=verdict.trouble, detail=verdict.detail)
+        finally:
+            if not keep_active:
+                self._active.discard(request.tx_id)
+
+    async def _forward(self, request: CommitRequest, writers: list[Share]) -> Verdict:
+        """Prepare, then validate: the first trouble, or none."""
+        prepared_at_ms = self._clock.now_ms()
+        await reach("coordinator.before_prepare")
+        verdict = _worst(
+            await self._ask_all(
+                "prepare",
+                {s.actor: Prepare(request.tx_id, s.incarnation, s.calls, prepared_at_ms) for s in writers},
+            )
+        )
+        if verdict.trouble is not None:
+            return verdict
+        await reach("coordinator.after_prepare")
+        readers = {
+            share.actor: Validate(
+                request.tx_id,
+                share.incarnation,
+                share.calls,
+                drop_writes=request.drop_writes_except not in ("", share.actor),
+            )
+            for share in request.shares
+            if share.needs_validation or request.drop_writes_except not in ("", share.actor)
+        }
+        return _worst(await self._ask_all("validate", readers))
+
+    async def _decide(self, tx_id: str, writers: list[Share]) -> StateRow:
+        """Put COMMITTED if absent, and say who won. Never guesses: an unknown outcome is asked until it is known."""
+        committed_at_ms = self._clock.now_ms()
+        if not writers:
+            return StateRow(tx_id, TransactionState.COMMITTED, committed_at_ms)  # nothing to decide about
+        try:
+            await self._states.commit_state(tx_id, committed_at_ms)
+            return StateRow(tx_id, TransactionState.COMMITTED, committed_at_ms)
+        except (TransactionConflictError, UnknownTransactionStatusError, StorageError):
+            return await self._obey(tx_id)
+
+    async def _obey(self, tx_id: str) -> StateRow:
+        """Put ABORTED if absent and return whatever the row says (rule 6); waits for storage as long as it takes."""
+        return await self._until_known(lambda: self._states.abort_state(tx_id))
+
+    async def _until_known(self, ask: Callable[[], Awaitable[StateRow]]) -> StateRow:
+        pause_s = 0.05
+        while True:
+            try:
+                return await ask()
+            except (UnknownTransactionStatusError, StorageError) as error:
+                log.warning("the state table does not answer", error=str(error))
+                await asyncio.sleep(pause_s * (1 + random.random()))
+                pause_s = min(pause_s * 2, 2.0)
+
+    async def _commit_records(
+        self, request: CommitRequest, partitions: tuple[Partition, ...], winner: StateRow
+    ) -> None:
+        """After the answer is out: bring records to rest, then remove the intent; what fails is left to the sweeper."""
+        try:
+            await reach("coordinator.before_commit_records")
+            message = CommitRecords(request.tx_id, winner.created_at_ms)
+            done = await self._ask_all("commit", {share.actor: message for share in request.shares})
+            if partitions and (all(answer is True for answer in done) or await self._settle(winner, partitions)):
+                await self._intents.remove(self.name, [request.tx_id])
+        except StorageError as error:
+            log.warning("left to the sweeper", tx_id=request.tx_id, error=str(error))
+        finally:
+            self._active.discard(request.tx_id)
+
+    async def _abort(self, request: CommitRequest, partitions: tuple[Partition, ...], *, told: Verdict) -> None:
+        """Put ABORTED, then roll back. The intent goes only when nothing of this transaction can arrive any more."""
+        if not partitions:
+            await self._roll_back(request)
+            return
+        winner = await self._obey(request.tx_id)
+        assert winner.state is TransactionState.ABORTED, "only this coordinator commits its transactions"
+        done = await self._roll_back(request)
+        all_answered = told.trouble is not Trouble.LOST and all(answer is True for answer in done)
+        try:
+            if all_answered:
+                # Every participant has answered its prepare and undone it: no write of this transaction is under way,
+                # so the row that would refuse it has done its work.
+                await self._states.forget(winner)
+                await self._intents.remove(self.name, [request.tx_id])
+            else:
+                await self._settle(winner, partitions)
+                await self._intents.mark_aborted([self._intent(request, partitions)])
+        except StorageError as error:
+            log.warning("left to the sweeper", tx_id=request.tx_id, error=str(error))
+
+    async def _roll_back(self, request: CommitRequest) -> list[object]:
+        message = Rollback(request.tx_id)
+        return await self._ask_all("rollback", {share.actor: message for share in request.shares})
+
+    async def _ask_all(self, method: str, messages: dict[str, object]) -> list[object]:
+        """One answer for each participant; a lost one answers with LOST."""
+
+        async def ask(actor: str, message: object) -> object:
+            try:
+                return await self._mailroom.ask(actor, method, message)
+            except ActorLostError as error:
+                return Verdict(Trouble.LOST, str(error))
+
+        return list(await asyncio.gather(*(ask(actor, message) for actor, message in messages.items())))
+
+    def _intent(self, request: CommitRequest, partitions: tuple[Partition, ...]) -> Intent:
+        return Intent(
+            tx_id=request.tx_id,
+            coordinator=self.name,
+            coordinator_incarnation=self.incarnation,
+            home=request.home,
+            home_incarnation=request.home_incarnation,
+            partitions=partitions,
+            participants=tuple(f"{share.actor}/{share.incarnation}" for share in request.shares),
+            created_at_ms=self._clock.now_ms(),
+        )
+
+    # ---- settling what was left ------------------------------------------------------------------------------
+
+    async def _sweep_forever(self) -> None:
+        pruned_s = self._clock.monotonic_s()
+        while True:
+            try:
+                await self.sweep()
+                if self._clock.monotonic_s() - pruned_s > PRUNE_INTERVAL_S:
+                    pruned_s = self._clock.monotonic_s()
+                    await self.prune()
+            except StorageError as error:
+                log.warning("the sweep waits for storage", error=str(error))
+            except Exception:
+                log.exception("the sweep failed", actor=self.name)
+            await asyncio.sleep(self._sweep_interval_s)
+
+    async def prune(self) -> int:
+        """Forget state rows older than the window that nobody can need again (rule 8); returns how many."""
+        gone = {intent.tx_id for intent in await self._intents.all() if await self._writers_gone(intent)}
+        pruned = await self._states.prune(
+            self._intents, older_than_ms=self._state_window_ms, writer_is_gone=lambda intent: intent.tx_id in gone
+        )
+        return pruned.committed + pruned.aborted
+
+    async def sweep(self) -> int:
+        """Settle every intent that no living transaction of this coordinator holds; returns how many are left."""
+        left = 0
+        for intent in await self._ours():
+            if intent.tx_id in self._active or not self._due(intent):
+                continue
+            left += not await self._settle_intent(intent)
+        return left
+
+    async def _ours(self) -> list[Intent]:
+        """This coordinator's intents; coordinator-0 also takes those of coordinators that are placed no longer."""
+        if self.name != actor_name("coordinator", 0):
+            return await self._intents.of(self.name)
+        others = {actor_name("coordinator", number) for number in range(1, self._placement.coordinators)}
+        return [intent for intent in await self._intents.all() if intent.coordinator not in others]
+
+    def _due(self, intent: Intent) -> bool:
+        """Our own predecessor's intents at once; others when they have been seen for a transaction's lifetime.
+
+        Age is what this process observed on its own steady clock, never a difference of two machines' clocks.
+        """
+        if intent.coordinator == self.name:
+            return True
+        first = self._first_seen_s.setdefault(intent.tx_id, self._clock.monotonic_s())
+        return self._clock.monotonic_s() - first > 15.0
+
+    async def _settle_intent(self, intent: Intent) -> bool:
+        winner = await self._obey(intent.tx_id)
+        if not await self._settle(winner, intent.partitions):
+            return False
+        if winner.state is TransactionState.COMMITTED or await self._writers_gone(intent):
+            if winner.state is TransactionState.ABORTED:
+                await self._states.forget(winner)
+            await self._intents.remove(intent.coordinator, [intent.tx_id])
+        elif not intent.aborted:
+            await self._intents.mark_aborted([intent])
+        self._first_seen_s.pop(intent.tx_id, None)
+        return True
+
+    async def _writers_gone(self, intent: Intent) -> bool:
+        """Rule 8: is every process that could still write for this transaction known to be gone, or known better?"""
+        writers = [(intent.coordinator, intent.coordinator_incarnation)]
+        writers += [(actor, incarnation) for actor, _, incarnation in (p.partition("/") for p in intent.participants)]
+        for actor, incarnation in writers:
+            if incarnation == self.incarnation:
+                continue  # we are not working on it: it is not active
+            if not await self._incarnations.known_gone(actor, incarnation) and not await self._has_let_go(
+                actor, incarnation, intent.tx_id
+            ):
+                return False
+        return True
+
+    async def _has_let_go(self, actor: str, incarnation: str, tx_id: str) -> bool:
+        """Whether a living participant, the same incarnation still, says that nothing of a transaction is under way."""
+        try:
+            health: Health = await self._mailroom.ask(actor, "health", None)
+        except ActorLostError:
+            return False
+        return health.incarnation == incarnation
+
+    async def _settle(self, winner: StateRow, partitions: Iterable[Partition]) -> bool:
+        """Ask whoever owns each partition now to bring the transaction's records there to rest."""
+        by_owner: dict[str, list[Partition]] = {}
+        for partition in partitions:
+            namespace, _, values = partition
+            shard = shard_of(
+                int(values[0] or 0), buckets=self._placement.buckets, shards=self._placement.shards[namespace]
+            )
+            by_owner.setdefault(actor_name(namespace, shard), []).append(partition)
+        committed = winner.state is TransactionState.COMMITTED
+        messages: dict[str, object] = {
+            owner: Settle(winner.tx_id, committed, winner.created_at_ms, tuple(theirs))
+            for owner, theirs in by_owner.items()
+        }
+        return all(answer is True for answer in await self._ask_all("settle", messages))
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _worst(verdicts: list[object]) -> Verdict:
+    """The verdict that decides: a lost participant weighs most, since its write may still be under way."""
+    troubled = [v for v in verdicts if isinstance(v, Verdict) and v.trouble is not None]
+    if not troubled:
+        return Verdict()
+    return next((v for v in troubled if v.trouble is Trouble.LOST), troubled[0])

@@ -1,0 +1,226 @@
+"""The domain actor: owns a shard of one domain, as home of its commands and participant of others' transactions.
+
+Every method takes a list and answers with a list, one reply for each item, in order. The actor is a cache and a
+serializer; storage is the truth. It may be killed at any instant, and may for a while exist twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import structlog
+
+from actors.domain import Domain, Record, Table
+from actors.home import Home, RetryPolicy
+from actors.incarnations import Incarnations
+from actors.messages import (
+    CommitRecords,
+    Deferred,
+    Health,
+    Invocation,
+    InvocationReply,
+    Prepare,
+    Rollback,
+    Settle,
+    Ticket,
+    Trouble,
+    Validate,
+    Verdict,
+)
+from actors.outcomes import outcomes_of, prune_outcomes
+from actors.participation import Participation
+from actors.runtime import Mailroom, Placement, actor_name
+from infra.clock import Clock
+from infra.consensus_commit.coordinator import CoordinatorStates
+from infra.consensus_commit.metadata import transactional
+from infra.consensus_commit.recovery import RecoveryHandler
+from infra.storage.errors import StorageError
+from infra.storage.operations import Bound, Key, Scan, Value
+from infra.storage.port import Storage
+from schemas.envelope import RawMessage
+from schemas.outcome import Answer
+
+log = structlog.get_logger()
+
+R = TypeVar("R", bound=Record)
+
+TIDY_INTERVAL_S = 1.0
+PRUNE_INTERVAL_S = 3_600.0
+
+
+class DomainActor:
+    """One shard of `domain`. `start` must have returned before it is asked anything."""
+
+    def __init__(
+        self,
+        *,
+        domain: Domain,
+        shard: int,
+        placement: Placement,
+        storage: Storage,
+        states: CoordinatorStates,
+        incarnations: Incarnations,
+        mailroom: Mailroom,
+        clock: Clock,
+        retry: RetryPolicy,
+        max_command_bytes: int,
+        outcome_window_ms: int,
+        on_answer: Callable[[str, Answer, float], None] = lambda domain, answer, seconds: None,
+        on_trouble: Callable[[str, Trouble], None] = lambda domain, trouble: None,
+        on_recovered: Callable[[str], None] = lambda kind: None,
+    ) -> None:
+        self.name = actor_name(domain.name, shard)
+        self.incarnation = ""
+        self._domain = domain
+        self._buckets = placement.buckets_of(domain.name, shard)
+        self._placement = placement
+        self._storage = storage
+        self._states = states
+        self._incarnations = incarnations
+        self._mailroom = mailroom
+        self._clock = clock
+        self._retry = retry
+        self._max_command_bytes = max_command_bytes
+        self._outcome_window_ms = outcome_window_ms
+        self._on_answer = on_answer
+        self._on_trouble = on_trouble
+        self._recovery = RecoveryHandler(storage, states, clock, on_recovered=on_recovered)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._participation: Participation | None = None
+        self._home: Home | None = None
+
+    async def start(self) -> None:
+        """Create the domain's tables where they are absent, register this incarnation, begin housekeeping."""
+        outcomes = outcomes_of(self._domain.name)
+        tables = (*self._domain.tables, outcomes)
+        for table in tables:
+            await self._storage.create_table(transactional(table.schema))
+        await self._incarnations.create_tables()
+        self.incarnation = await self._incarnations.register(self.name)
+        self._participation = Participation(
+            actor=self.name,
+            incarnation=self.incarnation,
+            domain=self._domain,
+            tables=tables,
+            placement=self._placement,
+            storage=self._storage,
+            states=self._states,
+            recovery=self._recovery,
+            clock=self._clock,
+        )
+        self._home = Home(
+            domain=self._domain,
+            participation=self._participation,
+            placement=self._placement,
+            mailroom=self._mailroom,
+            states=self._states,
+            clock=self._clock,
+            retry=self._retry,
+            max_command_bytes=self._max_command_bytes,
+            on_answer=self._on_answer,
+            on_trouble=self._on_trouble,
+        )
+        self._tasks = [
+            asyncio.ensure_future(self._every(TIDY_INTERVAL_S, self._participation.tidy)),
+            asyncio.ensure_future(self._every(PRUNE_INTERVAL_S, self.prune)),
+        ]
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._recovery.close()
+
+    # ---- as home ---------------------------------------------------------------------------------------------
+
+    async def execute(self, batch: list[RawMessage]) -> list[Answer]:
+        return await self._as_home.execute(batch)
+
+    async def due(self, times_ms: list[int]) -> list[list[tuple[str, str, bytes, str]]]:
+        """For each time: (command id, type, JSON body, routing key) of what the domain's clock asks for."""
+        if self._domain.due is None:
+            return [[] for _ in times_ms]
+        found = []
+        for now_ms in times_ms:
+            commands = await self._domain.due(_OwnRows(self), now_ms)
+            found.append([(id, c.type_name(), c.model_dump_json().encode(), c.routing_key) for id, c in commands])
+        return found
+
+    # ---- as participant --------------------------------------------------------------------------------------
+
+    async def invoke(self, batch: list[Invocation]) -> list[InvocationReply | Deferred]:
+        return await self._as_participant.invoke(batch)
+
+    async def collect(self, batch: list[Ticket]) -> list[InvocationReply]:
+        return list(await asyncio.gather(*map(self._as_participant.collect, batch)))
+
+    async def prepare(self, batch: list[Prepare]) -> list[Verdict]:
+        return list(await asyncio.gather(*map(self._as_participant.prepare, batch)))
+
+    async def validate(self, batch: list[Validate]) -> list[Verdict]:
+        return list(await asyncio.gather(*map(self._as_participant.validate, batch)))
+
+    async def commit(self, batch: list[CommitRecords]) -> list[bool]:
+        return list(await asyncio.gather(*map(self._as_participant.commit, batch)))
+
+    async def rollback(self, batch: list[Rollback]) -> list[bool]:
+        return list(await asyncio.gather(*map(self._as_participant.rollback, batch)))
+
+    async def settle(self, batch: list[Settle]) -> list[bool]:
+        return list(await asyncio.gather(*map(self._as_participant.settle, batch)))
+
+    # ---- housekeeping ----------------------------------------------------------------------------------------
+
+    async def health(self, batch: list[Any]) -> list[Health]:
+        busy = self._as_participant.open_workspaces
+        return [Health(self.name, self.incarnation, os.getpid(), busy) for _ in batch]
+
+    async def prune(self) -> int:
+        """Delete this shard's outcomes that are older than the window; returns how many."""
+        before_ms = self._clock.now_ms() - self._outcome_window_ms
+        return await prune_outcomes(self._storage, outcomes_of(self._domain.name), self._buckets, before_ms=before_ms)
+
+    async def _every(self, interval_s: float, job: Callable[[], Any]) -> None:
+        while True:
+            await asyncio.sleep(interval_s)
+            try:
+                await job()
+            except StorageError as error:
+                log.warning("housekeeping waits for storage", actor=self.name, error=str(error))
+            except Exception:
+                log.exception("housekeeping failed", actor=self.name)
+
+    @property
+    def _as_home(self) -> Home:
+        assert self._home is not None, "start() comes first"
+        return self._home
+
+    @property
+    def _as_participant(self) -> Participation:
+        assert self._participation is not None, "start() comes first"
+        return self._participation
+
+
+class _OwnRows:
+    """actors.domain.Reader over the buckets of one actor."""
+
+    def __init__(self, actor: DomainActor) -> None:
+        self._actor = actor
+
+    async def until(self, table: Table[R], limit_value: Value, *, limit: int) -> list[R]:
+        actor = self._actor
+        schema = transactional(table.schema)
+        records: list[R] = []
+        for bucket in actor._buckets:
+            for partition in [(bucket, n) for n in range(table.slices)] if table.sliced_by else [(bucket,)]:
+                rows = await actor._storage.scan(Scan(schema, partition, end=Bound((limit_value,)), limit=limit))
+                for row in rows:
+                    resolved = await actor._recovery.resolve(
+                        table.schema, Key(partition, tuple(row[name] for name in table.key)), row
+                    )
+                    if resolved is not None:
+                        records.append(table.from_row(resolved))
+        return records[:limit]

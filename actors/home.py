@@ -1,0 +1,419 @@
+"""A command's life at its home: parse, run, decide, answer. One transaction of its own for each command.
+
+    RawMessage ─► parse ─► is there an outcome already? ─► handler ─► outcome row ─► commit ─► Answer
+                    │                │yes: the same answer              │                │
+                    └─► dead letter  └─► other payload: id_conflict     └─► refused      └─► trouble: again
+
+Every way ends in an outcome row, written in the transaction that has the effects (or, for a refusal, that validates
+the reads it rests on: rule 3). Which trouble leads to which next step is the table NEXT_STEP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+import structlog
+
+from actors.domain import Domain, Refused
+from actors.messages import CommitRecords, CommitRequest, Decision, Emitted, Rollback, Share, Trouble
+from actors.outcomes import outcome_row, outcomes_of
+from actors.participation import Participation, Workspace, json_safe
+from actors.runtime import ActorLostError, Mailroom, Placement
+from actors.work import CONCORD_NAMESPACE, Calls, TroubleError, Work, trouble_of
+from infra.clock import Clock
+from infra.consensus_commit.coordinator import CoordinatorStates
+from infra.consensus_commit.errors import CommitConflictError, UnknownTransactionStatusError
+from infra.consensus_commit.intents import new_intended_id
+from infra.consensus_commit.states import TransactionState
+from infra.failpoints import reach
+from infra.storage.errors import StorageError
+from schemas.envelope import (
+    DeadLetterError,
+    DeadLetterReason,
+    ParsedCommand,
+    RawMessage,
+    data_schema,
+    derived_id,
+    key_text,
+    parse_command,
+)
+from schemas.outcome import COMMITTED, DEAD_LETTERED, ID_CONFLICT, REFUSED, Answer, EmittedEvent
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How conflicts are retried (seed 000, retry settings): at most `tries`, then the command is refused."""
+
+    tries: int = 10
+    initial_ms: int = 100
+    max_ms: int = 10_000
+    factor: float = 2.0
+    jitter: float = 0.5
+    broken_tries: int = 3
+
+    def pause_s(self, attempt: int) -> float:
+        """The pause after the `attempt`th failure, from 1; up to the fraction `jitter` of it is random."""
+        whole = min(self.initial_ms * self.factor ** (attempt - 1), self.max_ms) / 1000
+        return whole * (1 - self.jitter * random.random())
+
+
+class Step(Enum):
+    AT_ONCE = auto()  # a new attempt, nothing counted: an older command went first, and will be done
+    SOON = auto()  # a new attempt after a short pause, nothing counted: an actor is being restarted
+    BACK_OFF = auto()  # a new attempt after a growing pause; counted, and after the last the command is refused
+    WAIT = auto()  # a new attempt when storage may be back, for as long as it takes (rule 12)
+    SUSPECT = auto()  # the handler is at fault, or the storage's content: a few tries, then a dead letter
+
+
+NEXT_STEP = {
+    Trouble.WOUNDED: Step.AT_ONCE,
+    Trouble.FORGOTTEN: Step.SOON,
+    Trouble.LOST: Step.SOON,
+    Trouble.CONFLICT: Step.BACK_OFF,
+    Trouble.UNAVAILABLE: Step.WAIT,
+    Trouble.BROKEN: Step.SUSPECT,
+}
+
+PAUSE_SOON_S = 0.2
+PAUSE_WAIT_S = (0.1, 2.0)
+
+CONFLICT = "conflict"
+"""The reason of a refusal after the last retry."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An answer that is settled before any handler runs: a dead letter, or a refusal after too many conflicts."""
+
+    status: Any
+    reason: str
+    detail: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What an answer is about: a parsed command, or as much of a dead letter as could be read."""
+
+    id: str
+    type: str
+    key: str
+    digest: str
+    correlation_id: str
+    received_at_ms: int
+    command: Any = None
+
+
+class Home:
+    def __init__(
+        self,
+        *,
+        domain: Domain,
+        participation: Participation,
+        placement: Placement,
+        mailroom: Mailroom,
+        states: CoordinatorStates,
+        clock: Clock,
+        retry: RetryPolicy,
+        max_command_bytes: int,
+        on_answer: Callable[[str, Answer, float], None] = lambda domain, answer, seconds: None,
+        on_trouble: Callable[[str, Trouble], None] = lambda domain, trouble: None,
+    ) -> None:
+        self._domain = domain
+        self._participation = participation
+        self._placement = placement
+        self._mailroom = mailroom
+        self._states = states
+        self._clock = clock
+        self._retry = retry
+        self._max_command_bytes = max_command_bytes
+        self._on_answer = on_answer
+        self._on_trouble = on_trouble
+        self._outcomes = outcomes_of(domain.name)
+        self._coordinator = placement.coordinator_of(participation.actor)
+        self._turns: dict[bytes, asyncio.Lock] = {}
+
+    async def execute(self, batch: list[RawMessage]) -> list[Answer]:
+        """The answer of each message, in order. Those with one key run one after another, others side by side."""
+        chains: dict[bytes, list[int]] = {}
+        for index, raw in enumerate(batch):
+            chains.setdefault(raw.key or b"", []).append(index)
+        answers: list[Answer | None] = [None] * len(batch)
+
+        async def run(key: bytes, chain: list[int]) -> None:
+            # A lock besides the chain: after a rebalance two workers may hold batches with the same key.
+            async with self._turns.setdefault(key, asyncio.Lock()) as _:
+                for index in chain:
+                    answers[index] = await self.answer(batch[index])
+            lock = self._turns.get(key)
+            if lock is not None and not lock.locked() and not getattr(lock, "_waiters", None):
+                self._turns.pop(key, None)
+
+        await asyncio.gather(*(run(key, chain) for key, chain in chains.items()))
+        return [answer for answer in answers if answer is not None]
+
+    async def answer(self, raw: RawMessage) -> Answer:
+        """Carry out one message and return its durable answer, however long that takes."""
+        started_s = self._clock.monotonic_s()
+        try:
+            parsed = parse_command(raw, domain=self._domain.name, max_bytes=self._max_command_bytes)
+            subject, verdict = self._subject(parsed), None
+        except DeadLetterError as error:
+            subject = Subject(
+                error.command_id, error.type, error.key, error.digest, error.correlation_id, self._clock.now_ms()
+            )
+            verdict = Verdict(DEAD_LETTERED, error.reason.value, {"detail": error.detail})
+        answer = await self._until_answered(subject, verdict, raw)
+        self._on_answer(self._domain.name, answer, self._clock.monotonic_s() - started_s)
+        return answer
+
+    def _subject(self, parsed: ParsedCommand) -> Subject:
+        return Subject(
+            parsed.id,
+            parsed.type,
+            parsed.key,
+            parsed.digest,
+            parsed.correlation_id,
+            self._clock.now_ms(),
+            parsed.command,
+        )
+
+    async def _until_answered(self, subject: Subject, verdict: Verdict | None, raw: RawMessage) -> Answer:
+        age = (self._clock.now_ms(), subject.id)
+        conflicts = broken = waits = 0
+        while True:
+            try:
+                await reach("home.before_handler")
+                answer = await Attempt(self, subject, verdict, age).run()
+            except Exception as error:
+                trouble = trouble_of(error)
+            else:
+                if answer.reason == ID_CONFLICT and verdict is not None:
+                    # A dead letter whose id another payload has taken is kept under a name of its own.
+                    subject = Subject(
+                        derived_id(raw), subject.type, key_text(raw), subject.digest, subject.correlation_id,
+                        subject.received_at_ms,
+                    )  # fmt: skip
+                    continue
+                return answer
+            self._on_trouble(self._domain.name, trouble.trouble)
+            match NEXT_STEP[trouble.trouble]:
+                case Step.AT_ONCE:
+                    await asyncio.sleep(0)
+                case Step.SOON:
+                    await asyncio.sleep(PAUSE_SOON_S)
+                case Step.BACK_OFF:
+                    conflicts += 1
+                    if conflicts >= self._retry.tries and verdict is None:
+                        verdict = Verdict(REFUSED, CONFLICT, {"tries": conflicts})
+                        continue
+                    await asyncio.sleep(self._retry.pause_s(conflicts))
+                case Step.WAIT:
+                    waits += 1
+                    log.warning("waiting for storage", command_id=subject.id, error=trouble.detail)
+                    await asyncio.sleep(min(PAUSE_WAIT_S[0] * 2 ** min(waits, 10), PAUSE_WAIT_S[1]))
+                case Step.SUSPECT:
+                    broken += 1
+                    log.error("an attempt failed", command_id=subject.id, error=trouble.detail, exc_info=trouble)
+                    if broken >= self._retry.broken_tries and verdict is None:
+                        verdict = Verdict(
+                            DEAD_LETTERED, DeadLetterReason.HANDLER_ERROR.value, {"detail": trouble.detail}
+                        )
+                        continue
+                    await asyncio.sleep(self._retry.pause_s(broken))
+
+
+class Attempt:
+    """One transaction that tries to answer one command."""
+
+    def __init__(self, home: Home, subject: Subject, verdict: Verdict | None, age: tuple[int, str]) -> None:
+        self._home = home
+        self._subject = subject
+        self._verdict = verdict
+        participation = home._participation
+        self._workspace: Workspace = participation.open(
+            new_intended_id(home._clock), home=participation.actor, home_incarnation=participation.incarnation, age=age
+        )
+        now_ms = home._clock.now_ms()
+        self._calls = Calls(
+            placement=home._placement,
+            mailroom=home._mailroom,
+            tx_id=self._workspace.tx_id,
+            home=participation.actor,
+            home_incarnation=participation.incarnation,
+            age=age,
+            command_id=subject.id,
+            routing_key=subject.key,
+            now_ms=now_ms,
+        )
+        self._work: Work = participation.work(
+            self._workspace, command_id=subject.id, routing_key=subject.key, now_ms=now_ms, calls=self._calls
+        )
+
+    async def run(self) -> Answer:
+        """The durable answer. Raises whatever trouble ended the attempt, after everything of it is taken back."""
+        self._workspace.running += 1
+        try:
+            known = await self._work.get(self._home._outcomes, self._subject.key, self._subject.id)
+            if known is not None:
+                await self._take_back()
+                return self._known(Answer.from_json(known.answer))
+            answer = await self._compose()
+            await self._work.insert(self._home._outcomes, outcome_row(answer))
+            decision = await self._commit(keep_writes=answer.status == COMMITTED)
+        except BaseException:
+            # Rule 5: nothing of this attempt may arrive after its end.
+            await self._calls.drain()
+            await self._take_back()
+            raise
+        finally:
+            self._workspace.running -= 1
+        if decision.trouble is not None:
+            raise TroubleError(decision.trouble, decision.detail)
+        await reach("home.after_decision")
+        return answer
+
+    async def _compose(self) -> Answer:
+        """Run the handler and put its end into words."""
+        result: dict[str, Any] | None = None
+        emitted: tuple[Emitted, ...] = ()
+        status, reason, detail = COMMITTED, "", {}
+        if self._verdict is not None:
+            status, reason, detail = self._verdict.status, self._verdict.reason, self._verdict.detail
+        else:
+            handler = self._home._domain.handlers[type(self._subject.command)]
+            try:
+                result = await handler(self._work, self._subject.command)
+                await self._calls.drain()
+                emitted = await self._work.events()
+            except Refused as refusal:
+                await self._calls.drain()
+                self._workspace.records.drop_writes()
+                status, reason, detail = REFUSED, refusal.reason, json_safe(refusal.details)
+            await reach("home.after_handler")
+        subject = self._subject
+        return Answer(
+            id=subject.id,
+            type=subject.type,
+            key=subject.key,
+            status=status,
+            digest=subject.digest,
+            tx_id=self._workspace.tx_id,
+            reason=reason,
+            detail=detail,
+            result=result,
+            events=tuple(self._event(number, event) for number, event in enumerate(emitted)),
+            correlation_id=subject.correlation_id,
+            received_at_ms=subject.received_at_ms,
+            committed_at_ms=self._home._clock.now_ms(),
+        )
+
+    def _event(self, number: int, event: Emitted) -> EmittedEvent:
+        name = "\x1f".join((self._home._domain.name, self._subject.key, self._subject.id, "event", str(number)))
+        return EmittedEvent(
+            id=str(uuid.uuid5(CONCORD_NAMESPACE, name)),
+            type=event.type,
+            domain=event.domain,
+            key=event.key,
+            body=event.body,
+            subject=event.subject,
+            record_version=event.record_version,
+            data_schema=data_schema(event.domain, event.type, event.version),
+        )
+
+    def _known(self, answer: Answer) -> Answer:
+        """The stored answer for the same payload; an `id_conflict` for another one, which changes nothing (rule 1)."""
+        if answer.digest == self._subject.digest:
+            return answer
+        return Answer(
+            id=self._subject.id,
+            type=self._subject.type,
+            key=self._subject.key,
+            status=REFUSED,
+            digest=self._subject.digest,
+            reason=ID_CONFLICT,
+            detail={"answered": answer.digest},
+            correlation_id=self._subject.correlation_id,
+            received_at_ms=self._subject.received_at_ms,
+        )
+
+    async def _commit(self, *, keep_writes: bool) -> Decision:
+        home, workspace = self._home, self._workspace
+        own = home._participation.share(workspace)
+        shares = [own, *(share for actor, share in self._calls.shares.items() if actor != own.actor)]
+        if len(shares) == 1 and workspace.records.one_phase_unit() is not None:
+            return await self._commit_alone()
+        request = CommitRequest(
+            tx_id=workspace.tx_id,
+            home=own.actor,
+            home_incarnation=own.incarnation,
+            shares=tuple(shares),
+            drop_writes_except="" if keep_writes else own.actor,
+        )
+        await reach("home.before_commit_request")
+        try:
+            return await home._mailroom.ask(home._coordinator, "commit", request)
+        except Exception as error:  # lost, or broken half-way: only the state row knows
+            return await self._ask_the_state(str(error), shares)
+
+    async def _commit_alone(self) -> Decision:
+        """Everything lies in one atomic unit of the storage: one write, no state row, no coordinator."""
+        participation, workspace = self._home._participation, self._workspace
+        committed_at_ms = self._home._clock.now_ms()
+        workspace.owner.prepared = True
+        try:
+            await workspace.records.commit_one_phase(committed_at_ms)
+        except CommitConflictError as error:
+            return Decision(trouble=Trouble.CONFLICT, detail=str(error))
+        except UnknownTransactionStatusError as error:
+            # The outcome row is part of the write: the next attempt finds it, or finds nothing of this one.
+            return Decision(trouble=Trouble.LOST, detail=str(error))
+        except StorageError as error:
+            return Decision(trouble=Trouble.UNAVAILABLE, detail=str(error))
+        finally:
+            participation.close(workspace)
+        return Decision(committed_at_ms=committed_at_ms)
+
+    async def _ask_the_state(self, detail: str, shares: list[Share]) -> Decision:
+        """The coordinator is gone: put ABORTED if absent, obey the winner (rule 6), and let the participants know."""
+        tx_id, pause_s = self._workspace.tx_id, 0.05
+        while True:
+            try:
+                winner = await self._home._states.abort_state(tx_id)
+                break
+            except (UnknownTransactionStatusError, StorageError) as error:
+                log.warning("the state table does not answer", tx_id=tx_id, error=str(error))
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, 2.0)
+        # The intent stays: the coordinator's successor sees to it that nothing is left.
+        if winner.state is TransactionState.COMMITTED:
+            await self._tell(shares, "commit", CommitRecords(tx_id, winner.created_at_ms))
+            return Decision(committed_at_ms=winner.created_at_ms)
+        await self._tell(shares, "rollback", Rollback(tx_id))
+        return Decision(trouble=Trouble.LOST, detail=detail)
+
+    async def _tell(self, shares: list[Share], method: str, message: Any) -> None:
+        asked = (self._home._mailroom.ask(share.actor, method, message) for share in shares)
+        await asyncio.gather(*asked, return_exceptions=True)
+
+    async def _take_back(self) -> None:
+        """Let go everywhere of an attempt that asked for no decision."""
+        home, tx_id = self._home, self._workspace.tx_id
+        own = home._participation
+        others = [actor for actor in self._calls.touched if actor != own.actor]
+
+        async def let_go(actor: str) -> None:
+            with contextlib.suppress(ActorLostError):  # its workspaces died with it
+                await home._mailroom.ask(actor, "rollback", Rollback(tx_id))
+
+        await asyncio.gather(*(let_go(actor) for actor in others))
+        if not self._workspace.owner.prepared:
+            own.close(self._workspace)

@@ -1,0 +1,209 @@
+"""Actors on Ray: names, restarts, and the only import of Ray outside the entry points.
+
+Every actor of the system is one named Ray actor in the namespace `concord`, so that operators see `orders-0` and
+`coordinator-0` in the dashboard. Ray restarts an actor whose process died, without end; a call that was under way is
+not repeated by Ray (`max_task_retries=0`), since only the caller knows whether it may be.
+
+A batch crosses as one pickle in each direction. Pickle is Ray's own format and stays inside the cluster; nothing that
+came from Kafka is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.actor
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from actors.runtime import ActorLostError, Mailroom
+from actors.system import Actor, Observer, SystemConfig, actor_names, build_actor
+from infra.clock import SystemClock
+from infra.storage.connect import connect as connect_storage
+
+NAMESPACE = "concord"
+
+METHODS = (
+    "execute",
+    "due",
+    "invoke",
+    "collect",
+    "prepare",
+    "validate",
+    "commit",
+    "rollback",
+    "settle",
+    "health",
+    "apply",
+)
+"""What actors can be asked; one Ray method each, so that the dashboard tells them apart."""
+
+
+@dataclass(frozen=True)
+class ActorSetup:
+    """What a Ray worker process needs to become an actor. `prepare_process` names `module:function`, called with the
+    actor's name before anything else: logging and metrics; it returns the Observer."""
+
+    name: str
+    config: SystemConfig
+    storage_url: str
+    prepare_process: str = ""
+
+
+class ConcordActor:
+    """The process around one actor. It starts on the first call, which the supervisor's health check makes."""
+
+    def __init__(self, setup: ActorSetup) -> None:
+        self._setup = setup
+        self._actor: Actor | None = None
+        self._starting: asyncio.Future[Actor] | None = None
+
+    def __repr__(self) -> str:
+        return self._setup.name
+
+    async def _serve(self, method: str, payload: bytes) -> bytes:
+        actor = self._actor or await self._started()
+        replies = await getattr(actor, method)(pickle.loads(payload))
+        return pickle.dumps(replies, protocol=5)
+
+    async def _started(self) -> Actor:
+        if self._starting is None:
+            self._starting = asyncio.ensure_future(self._start())
+        try:
+            self._actor = await asyncio.shield(self._starting)
+        except Exception:
+            self._starting = None  # storage may be back at the next call
+            raise
+        return self._actor
+
+    async def _start(self) -> Actor:
+        observer = Observer()
+        if self._setup.prepare_process:
+            module, _, function = self._setup.prepare_process.partition(":")
+            import importlib
+
+            observer = getattr(importlib.import_module(module), function)(self._setup.name)
+        storage = connect_storage(self._setup.storage_url)
+        actor = build_actor(
+            self._setup.name,
+            self._setup.config,
+            storage=storage,
+            mailroom=Mailroom(RayRuntime()),
+            clock=SystemClock(),
+            observer=observer,
+        )
+        await actor.start()
+        return actor
+
+
+def _add_method(name: str) -> None:
+    async def call(self: ConcordActor, payload: bytes) -> bytes:
+        return await self._serve(name, payload)
+
+    call.__name__ = name
+    call.__qualname__ = f"ConcordActor.{name}"
+    setattr(ConcordActor, name, call)
+
+
+for _name in METHODS:
+    _add_method(_name)
+
+
+class RayRuntime:
+    """Implements actors.runtime.Runtime in any process that is connected to the cluster."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, ray.actor.ActorHandle[Any]] = {}
+
+    async def ask(self, actor: str, method: str, items: Sequence[Any]) -> list[Any]:
+        try:
+            handle = self._handles.get(actor)
+            if handle is None:
+                handle = self._handles[actor] = ray.get_actor(actor, namespace=NAMESPACE)
+            reply: bytes = await getattr(handle, method).remote(pickle.dumps(list(items), protocol=5))
+        except RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        except (RayActorError, RayError, ValueError) as error:  # ValueError: no actor of that name (yet)
+            self._handles.pop(actor, None)
+            raise ActorLostError(f"{actor}: {type(error).__name__}") from error
+        replies: list[Any] = pickle.loads(reply)
+        return replies
+
+
+class RayCluster:
+    """The Ray of this machine and the system's actors on it, owned by this process: they end with it."""
+
+    def __init__(self, address: str, dashboard_url: str, handles: dict[str, Any]) -> None:
+        self.address = address
+        self.dashboard_url = dashboard_url
+        self._handles = handles
+        self.runtime = RayRuntime()
+
+    async def health(self, timeout_s: float = 5.0) -> dict[str, Any]:
+        """Each actor's Health, or the exception that asking it came to. Also what starts a restarted actor's work."""
+
+        async def ask(name: str) -> Any:
+            try:
+                return (await asyncio.wait_for(self.runtime.ask(name, "health", [None]), timeout_s))[0]
+            except Exception as error:
+                return error
+
+        names = list(self._handles)
+        return dict(zip(names, await asyncio.gather(*map(ask, names)), strict=True))
+
+    def stop(self) -> None:
+        """End the actors and the cluster. Actors may be stopped at any instant, so nothing is asked of them first."""
+        for handle in self._handles.values():
+            ray.kill(handle, no_restart=True)
+        ray.shutdown()
+
+
+def start_cluster(
+    config: SystemConfig,
+    *,
+    storage_url: str,
+    prepare_process: str = "",
+    dashboard_port: int = 8265,
+    include_dashboard: bool = True,
+    num_cpus: int = 2,
+    restore_signals: Callable[[], None] = lambda: None,
+) -> RayCluster:
+    """Start Ray on this machine and every actor of the system; blocks for about ten seconds.
+
+    Ray puts its own SIGTERM handler in place; `restore_signals` is called when that is done.
+    """
+    context = ray.init(
+        namespace=NAMESPACE,
+        num_cpus=num_cpus,
+        object_store_memory=80 * 2**20,  # what crosses is small and inline
+        include_dashboard=include_dashboard,
+        dashboard_host="127.0.0.1",
+        dashboard_port=dashboard_port,
+        log_to_driver=False,
+        configure_logging=False,
+        _node_ip_address="127.0.0.1",
+    )
+    restore_signals()
+    remote = ray.remote(ConcordActor)
+    handles = {
+        name: remote.options(
+            name=name,
+            namespace=NAMESPACE,
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=0,
+            max_concurrency=10_000,  # what waits for storage or for a key must not keep a decision out
+        ).remote(ActorSetup(name, config, storage_url, prepare_process))
+        for name in actor_names(config)
+    }
+    return RayCluster(context.address_info["address"], context.dashboard_url or "", handles)
+
+
+def connect(address: str) -> RayRuntime:
+    """Join a running cluster as a driver (a stream worker); blocks for a second or two."""
+    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+    return RayRuntime()

@@ -1,0 +1,113 @@
+"""Which actors a system has, and how one is put together from a configuration that can cross processes.
+
+Every runtime builds actors here and only here, so that an actor on Ray, in a test and in a simulation is the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from actors.coordinator_actor import CoordinatorActor
+from actors.domain import Domain
+from actors.domain_actor import DomainActor
+from actors.home import RetryPolicy
+from actors.incarnations import Incarnations
+from actors.messages import Trouble
+from actors.runtime import Mailroom, Placement
+from infra.clock import Clock
+from infra.consensus_commit.coordinator import CoordinatorStates
+from infra.consensus_commit.intents import IntentLog
+from infra.storage.gate import PartitionGate
+from infra.storage.port import Storage
+from schemas.outcome import Answer
+
+COORDINATOR = "coordinator"
+VIEWS = "views"
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """All that an actor needs to know. `domains` says where the domains are: `module:ATTRIBUTE`."""
+
+    placement: Placement
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    domains: str = "actors.order_domains:ORDER_DOMAINS"
+    max_command_bytes: int = 1 << 20
+    outcome_window_ms: int = 7 * 24 * 3_600_000
+    sweep_interval_s: float = 5.0
+
+
+@dataclass(frozen=True)
+class Observer:
+    """What an actor tells telemetry; does nothing by default."""
+
+    on_answer: Callable[[str, Answer, float], None] = lambda domain, answer, seconds: None
+    on_trouble: Callable[[str, Trouble], None] = lambda domain, trouble: None
+    on_recovered: Callable[[str], None] = lambda kind: None
+
+
+class Actor(Protocol):
+    name: str
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def health(self, batch: list[Any]) -> list[Any]: ...
+
+
+def load_domains(config: SystemConfig) -> dict[str, Domain]:
+    """The domains by name."""
+    module, _, attribute = config.domains.partition(":")
+    domains: tuple[Domain, ...] = getattr(importlib.import_module(module), attribute)
+    return {domain.name: domain for domain in domains}
+
+
+def actor_names(config: SystemConfig) -> list[str]:
+    """Every actor of the system: coordinators, domains' shards, views."""
+    return [*config.placement.actors(), f"{VIEWS}-0"]
+
+
+def build_actor(
+    name: str, config: SystemConfig, *, storage: Storage, mailroom: Mailroom, clock: Clock, observer: Observer
+) -> Actor:
+    """The actor called `name`, not started."""
+    kind, _, number = name.rpartition("-")
+    gated = PartitionGate(storage)
+    states = CoordinatorStates(gated, clock)
+    incarnations = Incarnations(storage, clock)
+    if kind == COORDINATOR:
+        return CoordinatorActor(
+            name=name,
+            placement=config.placement,
+            states=states,
+            intents=IntentLog(storage),
+            incarnations=incarnations,
+            mailroom=mailroom,
+            clock=clock,
+            sweep_interval_s=config.sweep_interval_s,
+            state_window_ms=config.outcome_window_ms,
+        )
+    if kind == VIEWS:
+        from actors.view_actor import ViewActor
+
+        return ViewActor(name=name, storage=gated, clock=clock)
+    return DomainActor(
+        domain=load_domains(config)[kind],
+        shard=int(number),
+        placement=config.placement,
+        storage=gated,
+        states=states,
+        incarnations=incarnations,
+        mailroom=mailroom,
+        clock=clock,
+        retry=config.retry,
+        max_command_bytes=config.max_command_bytes,
+        outcome_window_ms=config.outcome_window_ms,
+        on_answer=observer.on_answer,
+        on_trouble=observer.on_trouble,
+        on_recovered=observer.on_recovered,
+    )
