@@ -56,6 +56,7 @@ class PaymentSummary(Part):
     payment_id: str
     customer_id: str
     order_id: str | None
+    for_order: bool
     kind: PaymentKind
     amount: int
     currency: str
@@ -95,13 +96,23 @@ class TopUpWallet(PaymentCommand):
 
 
 class TakePayment(PaymentCommand):
-    """Pay from the wallet; once for each `payment_id` of the customer."""
+    """Pay from the wallet; once for each `payment_id` of the customer.
+
+    With `for_order` it is the payment of that order, placed in the same transaction.
+    """
 
     payment_id: Identifier
     order_id: Identifier | None = None
     amount: Amount
     currency: Currency
     method: Identifier = WALLET
+    for_order: bool = False
+
+    @model_validator(mode="after")
+    def _of_which_order(self) -> Self:
+        if self.for_order and self.order_id is None:
+            raise ValueError("a payment for an order needs order_id")
+        return self
 
 
 class RefundPayment(PaymentCommand):
