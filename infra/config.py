@@ -1,0 +1,518 @@
+"""Every setting of the system: its meaning, unit, bounds and default in one place.
+
+A setting comes from, in this order: an option of the command (`load_settings(data_dir=…)`), the environment
+(`CONCORD_KAFKA__PORT`; two underscores lead into a group), the file `concord.toml` in the data directory, its default.
+What does not hold is refused before anything starts, in sentences that name each setting as it was written.
+
+`Settings` itself reads nothing: it is plain data, frozen, and goes to other processes as JSON or pickle unchanged.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import quote
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
+
+ENV_PREFIX = "CONCORD_"
+CONFIG_FILE = "concord.toml"
+_NESTING = "__"
+
+MEBIBYTE = 1024 * 1024
+HOUR_MS = 3_600_000
+
+OPTION_NAMES: Mapping[str, str] = {"data_dir": "--data", "profile": "--profile"}
+"""Settings that the command line has an option for; it has none for the others."""
+
+
+class ConfigurationError(Exception):
+    """The settings cannot be used. The text names each offending setting as it was written, with the remedy."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+Port = Annotated[int, Field(ge=0, le=65_535)]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class KafkaSettings(_Group):
+    """The broker and what is kept on it."""
+
+    bootstrap_servers: str = Field("", description="host:port,… of your own Kafka; profile cluster only")
+    port: Port = Field(0, description="port of the local Kafka; 0 chooses a free one and keeps it")
+    heap_mb: int = Field(512, ge=256, le=65_536, description="heap of the local Kafka, in MiB")
+    command_partitions: int = Field(4, ge=1, le=1024, description="partitions of each command topic")
+    replication: int = Field(1, ge=1, le=9, description="replicas of each topic; more than 1 needs profile cluster")
+    max_command_bytes: int = Field(
+        MEBIBYTE, ge=1024, le=64 * MEBIBYTE, description="largest command value; a larger one is dead-lettered"
+    )
+    command_topic_max_bytes: int = Field(
+        4 * MEBIBYTE, ge=1024, le=64 * MEBIBYTE, description="largest message that a command topic accepts at all"
+    )
+    broker_max_bytes: int = Field(
+        8 * MEBIBYTE, ge=1024, le=100 * MEBIBYTE, description="largest message of any topic, dead letters included"
+    )
+    retention_commands_hours: int = Field(
+        72, ge=1, description="how long commands are kept; shorter than outcome.window_hours"
+    )
+    retention_events_hours: int = Field(-1, ge=-1, description="how long events are kept; -1 for ever")
+    retention_results_hours: int = Field(72, ge=1, description="how long results are kept")
+    retention_dlq_hours: int = Field(30 * 24, ge=1, description="how long dead letters are kept")
+    delivery_timeout_ms: int = Field(
+        30_000, ge=1000, le=600_000, description="how long a message may wait for the broker before its sender is told"
+    )
+
+
+class StorageSettings(_Group):
+    """Where records and transaction states live."""
+
+    url: str = Field(
+        "",
+        description="the storage; empty means SQLite files in the data directory",
+        json_schema_extra={"secret": True},
+    )
+
+
+DEFAULT_SHARDS: Mapping[str, int] = {"orders": 2, "inventory": 2, "payment": 1, "shipping": 1}
+
+
+def _with_default_shards(given: Any) -> Any:
+    return {**DEFAULT_SHARDS, **given} if isinstance(given, Mapping) else given
+
+
+class ActorSettings(_Group):
+    """How keys are spread over actors."""
+
+    buckets: int = Field(16, ge=1, le=65_536, description="buckets of each table; changes only by migration")
+    shards: Annotated[dict[str, Annotated[int, Field(ge=1, le=1024)]], BeforeValidator(_with_default_shards)] = Field(
+        default_factory=lambda: dict(DEFAULT_SHARDS),
+        description="actors of each domain; those that are not named keep their default, others have one",
+    )
+    coordinators: int = Field(1, ge=1, le=1024, description="coordinator actors")
+
+    def shards_of(self, domain: str) -> int:
+        """How many actors the domain has."""
+        return self.shards.get(domain, 1)
+
+
+class RetrySettings(_Group):
+    """What follows a conflict: tries with growing pauses, then the answer `conflict`."""
+
+    tries: int = Field(10, ge=1, le=1000, description="tries of a command before it is refused with conflict")
+    initial_ms: int = Field(100, ge=1, le=60_000, description="pause after the first conflict")
+    max_ms: int = Field(10_000, ge=1, le=600_000, description="longest pause")
+    factor: float = Field(2.0, ge=1.0, le=10.0, description="growth of the pause from try to try")
+    jitter: float = Field(0.5, ge=0.0, le=1.0, description="part of each pause that is left to chance")
+
+
+class BatchSettings(_Group):
+    """How many commands cross a boundary at once."""
+
+    max_commands: int = Field(256, ge=1, le=10_000, description="commands in a batch at most")
+    max_wait_ms: int = Field(10, ge=0, le=10_000, description="how long a batch waits for more commands")
+
+
+class OutcomeSettings(_Group):
+    """How long a command's answer is kept."""
+
+    window_hours: int = Field(
+        168, ge=1, description="how long answers are kept; longer than kafka.retention_commands_hours"
+    )
+
+
+class RecoverySettings(_Group):
+    """When a transaction counts as abandoned and who looks."""
+
+    transaction_lifetime_ms: int = Field(
+        15_000, ge=1000, le=600_000, description="age from which a transaction in doubt may be aborted by others"
+    )
+    sweep_interval_ms: int = Field(5_000, ge=100, le=600_000, description="pause between two looks for abandoned ones")
+
+
+class Settings(_Group):
+    """All settings. Made by `load_settings`; `model_dump_json` and `model_validate_json` carry it between processes."""
+
+    data_dir: Path = Field(Path(".concord"), description="directory of everything that the system keeps")
+    profile: Literal["local", "stack", "cluster"] = Field("local", description="which servers the system runs on")
+    kafka: KafkaSettings = KafkaSettings()
+    storage: StorageSettings = StorageSettings()
+    actors: ActorSettings = ActorSettings()
+    retry: RetrySettings = RetrySettings()
+    batch: BatchSettings = BatchSettings()
+    outcome: OutcomeSettings = OutcomeSettings()
+    recovery: RecoverySettings = RecoverySettings()
+    watchdog_seconds: int = Field(
+        60, ge=5, le=3600, description="a worker whose loop makes no attempt for so long ends and is restarted"
+    )
+    http_port: Port = Field(8180, description="port of metrics and health; 0 chooses a free one")
+    dashboard_port: Port = Field(8265, description="port of the Ray dashboard; 0 chooses a free one")
+    workers: int = Field(1, ge=1, le=256, description="stream worker processes")
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], BeforeValidator(lambda v: v.lower() if isinstance(v, str) else v)
+    ] = Field("info", description="least level that is logged")
+
+    @property
+    def storage_url(self) -> str:
+        """The storage's address, with the default filled in."""
+        return self.storage.url or f"sqlite://{quote(str(self.data_dir.absolute() / 'tables'))}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """Something that must hold between settings: whether it does, which settings it is about, and what to say."""
+
+    holds: Callable[[Settings], bool]
+    about: tuple[str, ...]
+    otherwise: Callable[[Settings], str]
+
+
+_RULES: tuple[_Rule, ...] = (
+    _Rule(
+        lambda s: s.outcome.window_hours > s.kafka.retention_commands_hours,
+        ("outcome.window_hours", "kafka.retention_commands_hours"),
+        lambda s: (
+            f"answers are kept for {s.outcome.window_hours} h and commands for {s.kafka.retention_commands_hours} h: "
+            "a redelivered command might not find its answer and take effect again. Keep answers longer than commands"
+        ),
+    ),
+    _Rule(
+        lambda s: (
+            s.actors.buckets % s.kafka.command_partitions == 0 or s.kafka.command_partitions % s.actors.buckets == 0
+        ),
+        ("actors.buckets", "kafka.command_partitions"),
+        lambda s: (
+            f"{s.actors.buckets} buckets and {s.kafka.command_partitions} partitions do not divide each other, so"
+            "one bucket's commands would come from several partitions. Make one a multiple of the other"
+        ),
+    ),
+    _Rule(
+        lambda s: max(s.actors.shards.values(), default=1) <= s.actors.buckets,
+        ("actors.shards", "actors.buckets"),
+        lambda s: (
+            f"a domain has {max(s.actors.shards.values())} shards for {s.actors.buckets} buckets, so some would "
+            "own none. Use at most as many shards as buckets"
+        ),
+    ),
+    _Rule(
+        lambda s: s.retry.max_ms >= s.retry.initial_ms,
+        ("retry.max_ms", "retry.initial_ms"),
+        lambda s: (
+            f"the longest pause ({s.retry.max_ms} ms) is shorter than the first ({s.retry.initial_ms} ms). "
+            "Raise the one or lower the other"
+        ),
+    ),
+    _Rule(
+        lambda s: s.kafka.max_command_bytes + 64 * 1024 <= s.kafka.command_topic_max_bytes,
+        ("kafka.max_command_bytes", "kafka.command_topic_max_bytes"),
+        lambda s: (
+            "a command topic must accept the largest command and 64 KiB of key and headers. "
+            "Raise the topic's limit or lower the command's"
+        ),
+    ),
+    _Rule(
+        lambda s: s.kafka.command_topic_max_bytes + MEBIBYTE <= s.kafka.broker_max_bytes,
+        ("kafka.command_topic_max_bytes", "kafka.broker_max_bytes"),
+        lambda s: (
+            "a dead letter carries the original message and up to 1 MiB of headers, so the broker's limit must "
+            "exceed the command topic's by that much. Raise the one or lower the other"
+        ),
+    ),
+    _Rule(
+        lambda s: s.recovery.sweep_interval_ms <= s.recovery.transaction_lifetime_ms,
+        ("recovery.sweep_interval_ms", "recovery.transaction_lifetime_ms"),
+        lambda s: (
+            "abandoned transactions would be looked for less often than they arise. "
+            "Make the interval no longer than the lifetime"
+        ),
+    ),
+    _Rule(
+        lambda s: s.watchdog_seconds * 1000 > s.batch.max_wait_ms,
+        ("watchdog_seconds", "batch.max_wait_ms"),
+        lambda s: "a worker would be ended while it waits for a batch. Raise the watchdog's time or lower the wait",
+    ),
+    _Rule(
+        lambda s: s.profile != "cluster" or bool(s.kafka.bootstrap_servers),
+        ("kafka.bootstrap_servers", "profile"),
+        lambda s: "profile cluster uses your own Kafka. Name it as host:port",
+    ),
+    _Rule(
+        lambda s: s.profile != "cluster" or bool(s.storage.url),
+        ("storage.url", "profile"),
+        lambda s: "profile cluster uses your own storage. Name it",
+    ),
+    _Rule(
+        lambda s: s.profile == "cluster" or not s.kafka.bootstrap_servers,
+        ("kafka.bootstrap_servers", "profile"),
+        lambda s: f"profile {s.profile} starts a Kafka of its own. Leave the address unset, or use profile cluster",
+    ),
+    _Rule(
+        lambda s: s.profile == "cluster" or s.kafka.replication == 1,
+        ("kafka.replication", "profile"),
+        lambda s: f"profile {s.profile} has one Kafka node. Use 1, or profile cluster",
+    ),
+    _Rule(
+        lambda s: _distinct(s.kafka.port, s.http_port, s.dashboard_port),
+        ("kafka.port", "http_port", "dashboard_port"),
+        lambda s: "two servers cannot share a port. Choose different ones, or 0 for free ones",
+    ),
+)
+
+
+def _distinct(*ports: int) -> bool:
+    fixed = [port for port in ports if port]
+    return len(fixed) == len(set(fixed))
+
+
+class _Sources(Settings, BaseSettings):
+    """Gathers what options, environment and file say. Never leaves this module, since it reads on construction."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter=_NESTING,
+        env_ignore_empty=True,
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # The options and the file arrive merged by `load_settings`, which knows the file only after the first two.
+        return (init_settings,)
+
+
+def load_settings(*, environment: Mapping[str, str] | None = None, **options: Any) -> Settings:
+    """The settings from options, environment, `concord.toml` and defaults, checked.
+
+    An option is named as its setting; one in a group as `group__name` or as a mapping (`kafka={"port": 9092}`).
+    None means that the option was not given. Raises ConfigurationError.
+    """
+    environment = dict(os.environ if environment is None else environment)
+    given = _nested({name: value for name, value in options.items() if value is not None})
+    problems = list(_misspelt(environment))
+    try:
+        from_environment = _EnvironmentReader(environment)()
+    except SettingsError as error:
+        raise ConfigurationError([*problems, _unreadable(error, environment)]) from error
+    data_dir = Path(
+        given.get("data_dir") or from_environment.get("data_dir") or Settings.model_fields["data_dir"].default
+    )
+    file = data_dir / CONFIG_FILE
+    origin = _Origin(options=given, environment=environment, file_path=file, file=_read_file(file))
+    merged = _merged(origin.file, _merged(from_environment, given))
+    if "data_dir" in origin.file:
+        problems.append(f"data_dir in {file} cannot name another directory: it is found through it. Remove it there.")
+    # Processes of the system run in other directories, and must mean the same one.
+    merged["data_dir"] = data_dir.expanduser().absolute()
+    try:
+        settings = Settings.model_validate(merged)
+    except ValidationError as error:
+        problems += [_sentence(item, origin) for item in error.errors()]
+        raise ConfigurationError(problems) from None  # pydantic's text would show values, secret ones too
+    problems += [
+        f"{' and '.join(origin.name(setting) for setting in rule.about)}: {rule.otherwise(settings)}."
+        for rule in _RULES
+        if not rule.holds(settings)
+    ]
+    if problems:
+        raise ConfigurationError(problems)
+    return settings
+
+
+@dataclass(frozen=True, slots=True)
+class SettingLine:
+    """One setting for people: `value` is masked where it may hold a secret."""
+
+    name: str
+    variable: str
+    value: str
+    default: str
+    description: str
+
+
+def describe_settings(settings: Settings) -> list[SettingLine]:
+    """Every setting with its value, for `concord doctor` and for documentation."""
+    return list(_describe(settings, ()))
+
+
+def _describe(group: BaseModel, path: tuple[str, ...]) -> Iterator[SettingLine]:
+    for name, field in type(group).model_fields.items():
+        value = getattr(group, name)
+        if isinstance(value, BaseModel):
+            yield from _describe(value, (*path, name))
+            continue
+        secret = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("secret") and value
+        yield SettingLine(
+            name=".".join((*path, name)),
+            variable=_variable((*path, name)),
+            value="(set)" if secret else str(value),
+            default=str(field.get_default(call_default_factory=True)),
+            description=field.description or "",
+        )
+
+
+# Where a value came from.
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    options: Mapping[str, Any]
+    environment: Mapping[str, str]
+    file_path: Path
+    file: Mapping[str, Any]
+
+    def name(self, setting: str) -> str:
+        """The setting as whoever set it wrote it; the environment variable to use when nobody did."""
+        path = tuple(setting.split("."))
+        if _has(self.options, path):
+            return OPTION_NAMES.get(setting, setting)
+        if (variable := self._variable_in_use(path)) is not None:
+            return variable
+        if _has(self.file, path):
+            return f"{setting} in {self.file_path}"
+        return _variable(path)
+
+    def _variable_in_use(self, path: tuple[str, ...]) -> str | None:
+        present = {name.upper(): name for name in self.environment}
+        for length in range(len(path), 0, -1):  # a whole group may have been given as JSON
+            if (name := present.get(_variable(path[:length]))) is not None:
+                return name
+        return None
+
+
+def _variable(path: tuple[str, ...]) -> str:
+    return ENV_PREFIX + _NESTING.join(path).upper()
+
+
+def _has(values: Mapping[str, Any], path: tuple[str, ...]) -> bool:
+    for name in path:
+        if not isinstance(values, Mapping) or name not in values:
+            return False
+        values = values[name]
+    return True
+
+
+class _EnvironmentReader(EnvSettingsSource):
+    """pydantic-settings' reader of the environment, given the environment to read."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = {name.lower(): value for name, value in environment.items()}
+        super().__init__(_Sources)
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        return {name: value for name, value in self._environment.items() if value != ""}
+
+
+def _misspelt(environment: Mapping[str, str]) -> Iterator[str]:
+    """Variables that look like a setting of ours and are none; others with our prefix are somebody else's business."""
+    known = [line.variable for line in describe_settings(Settings())]
+    groups = {name for name in known if _NESTING in name}
+    for name in environment:
+        upper = name.upper()
+        if not upper.startswith(ENV_PREFIX) or upper in known:
+            continue
+        if any(group.startswith(upper + _NESTING) for group in groups) or upper.startswith(
+            tuple(f"{ENV_PREFIX}{group.upper()}{_NESTING}" for group in Settings.model_fields)
+        ):
+            continue  # a whole group, or a name within one: the models judge it
+        close = difflib.get_close_matches(upper, known, n=1, cutoff=0.85)
+        if close:
+            yield f"{name} is no setting. Did you mean {close[0]}?"
+
+
+def _unreadable(error: SettingsError, environment: Mapping[str, str]) -> str:
+    """pydantic-settings names only the group whose JSON it could not read; find the variable itself."""
+    for name, value in environment.items():
+        group = name.upper().removeprefix(ENV_PREFIX).lower().split(_NESTING)[0]
+        if name.upper().startswith(ENV_PREFIX) and f'"{group}"' in str(error) and not _is_json(value):
+            return f"{name} must be a JSON object. Correct it, or set its parts one by one as {name}{_NESTING}NAME."
+    return f"The environment cannot be read: {error}. Check the variables that begin with {ENV_PREFIX}."
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return not text.lstrip().startswith(("{", "["))
+    return True
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError([f"{path} cannot be read: {error}. Make it a readable UTF-8 file."]) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError([f"{path} is not TOML: {error}. Correct it or remove it."]) from error
+
+
+def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in options.items():
+        *groups, last = name.split(_NESTING)
+        leaf: Any = {last: value}
+        for group in reversed(groups):
+            leaf = {group: leaf}
+        nested = _merged(nested, leaf)
+    return nested
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` wins; groups are merged."""
+    merged = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = _merged(merged[name], value) if both else value
+    return merged
+
+
+def _sentence(item: Any, origin: _Origin) -> str:
+    """One of pydantic's errors for people; never shows the value, which may be a secret."""
+    path = tuple(str(part) for part in item["loc"])
+    name = origin.name(".".join(path))
+    context = item.get("ctx", {})
+    match item["type"]:
+        case "extra_forbidden":
+            known = [line.name for line in describe_settings(Settings())]
+            close = difflib.get_close_matches(".".join(path), known, n=1, cutoff=0.6)
+            if not close:
+                return f"{name} is no setting. Remove it."
+            meant = _variable(tuple(close[0].split("."))) if name.upper().startswith(ENV_PREFIX) else close[0]
+            return f"{name} is no setting. Did you mean {meant}?"
+        case "greater_than_equal":
+            return f"{name} must be at least {context['ge']}."
+        case "less_than_equal":
+            return f"{name} must be at most {context['le']}."
+        case "literal_error":
+            return f"{name} must be one of {context['expected']}."
+        case "int_parsing" | "int_type" | "int_from_float":
+            return f"{name} must be a whole number."
+        case "float_parsing" | "float_type":
+            return f"{name} must be a number."
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{name} must be a group of settings. Set its parts one by one."
+        case _:
+            return f"{name} cannot be used: {item['msg']}."
