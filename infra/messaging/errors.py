@@ -25,6 +25,7 @@ class BrokerUnavailableError(MessagingError):
             "Start the system with `concord up`, or check CONCORD_KAFKA__BOOTSTRAP_SERVERS."
         )
         self.bootstrap_servers = bootstrap_servers
+        self.detail = detail
 
 
 class UnknownTopicError(MessagingError):

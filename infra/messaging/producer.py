@@ -210,6 +210,9 @@ class _Generation:
                 outer.set_result(Delivery(stored.topic, stored.partition, stored.offset))
 
         inner.add_done_callback(settle)
+        if self.failure is not None:  # another task's message failed while this one was handed over
+            outer.set_exception(_for_the_others(self.failure))
+            return outer
         self._outstanding.append((time.monotonic() + self._delivery_timeout_s, outer))
         if self._timer is None:
             self._timer = loop.call_later(self._delivery_timeout_s, self._look_for_overdue)
@@ -239,12 +242,7 @@ class _Generation:
         while self._outstanding:
             _, outer = self._outstanding.popleft()
             if not outer.done():
-                if isinstance(failure, BrokerUnavailableError):
-                    outer.set_exception(failure)
-                else:
-                    outer.set_exception(
-                        DeliveryFailedError(f"An earlier message failed, so this was given up: {failure}")
-                    )
+                outer.set_exception(_for_the_others(failure))
 
     def _translate(
         self, error: BaseException | None, topic: str, key: bytes | None, value: bytes | None, headers: Headers
@@ -313,6 +311,13 @@ class _Generation:
             if sender_task is not None and not sender_task.done():
                 sender_task.cancel()
                 await asyncio.wait([sender_task], timeout=_CLOSE_TIMEOUT_S)
+
+
+def _for_the_others(failure: MessagingError) -> MessagingError:
+    """A fresh exception for a message that was given up because of `failure`."""
+    if isinstance(failure, BrokerUnavailableError):
+        return BrokerUnavailableError(failure.bootstrap_servers, failure.detail)
+    return DeliveryFailedError(f"Given up because an earlier message failed: {failure}")
 
 
 def _size(key: bytes | None, value: bytes | None, headers: Headers) -> int:

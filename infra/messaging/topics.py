@@ -140,7 +140,7 @@ async def _led_topics(admin: AIOKafkaAdminClient) -> set[str]:
 
 
 async def _configs(admin: AIOKafkaAdminClient, specs: Sequence[TopicSpec]) -> dict[str, dict[str, str]]:
-    """The current values of the declared configs. An empty list of names would mean every config: those are left out."""
+    """The current values of the declared configs. A topic that declares none is not asked: that would mean all."""
     asked = [spec for spec in specs if spec.configs]
     if not asked:
         return {}
