@@ -85,6 +85,9 @@ _CREATE_CATALOGUE = 'CREATE TABLE "tables$" (name TEXT PRIMARY KEY, definition T
 _READ_CATALOGUE = 'SELECT name, definition FROM "tables$" ORDER BY name'
 _ADD_TO_CATALOGUE = 'INSERT INTO "tables$" (name, definition) VALUES (?, ?)'
 
+# In this order: our mark is written together with the first object, so whoever saw an object must see the mark.
+_HEADER_QUERIES = ("SELECT count(*) FROM sqlite_master", "PRAGMA application_id", "PRAGMA user_version")
+
 _CONNECTION_PRAGMAS = (
     "PRAGMA busy_timeout = 0",  # waiting is done where it blocks nobody
     "PRAGMA synchronous = FULL",
@@ -222,7 +225,7 @@ class SqliteStorage:
                 raise InvalidOperationError(f"namespaces {table.namespace} and {namespace} differ only by case")
         patience = _Patience(self._lock_timeout_ms)
         try:
-            connection = _connect(path, "rwc", self._max_pages)
+            connection = patience.retry(lambda: _connect(path, "rwc", self._max_pages))
             try:
                 patience.retry(lambda: _prepare_file(connection, path))
                 patience.retry(lambda: connection.execute("BEGIN IMMEDIATE"))
@@ -302,13 +305,9 @@ class _NamespaceFile:
             return []
         except OSError as error:
             raise _unusable_directory(self.path.parent, error) from error
-        [(application_id,)] = await self.read("PRAGMA application_id", ())
-        if application_id != APPLICATION_ID:
-            [(objects,)] = await self.read("SELECT count(*) FROM sqlite_master", ())
-            _check_header(self.path, application_id, 0, objects)
+        header = [(await self.read(query, ()))[0][0] for query in _HEADER_QUERIES]
+        if _is_new(self.path, *header):
             return []  # Another process is about to fill it.
-        [(version,)] = await self.read("PRAGMA user_version", ())
-        _check_header(self.path, application_id, version, 0)
         rows = await self.read(_READ_CATALOGUE, ())
         return [_schema(self.path.stem, name, definition) for name, definition in rows]
 
@@ -398,7 +397,7 @@ class _NamespaceFile:
     def _open_and_begin(self) -> sqlite3.Connection:
         patience = _Patience(self._lock_timeout_ms)
         if self._writer is None:
-            self._writer = _connect(self.path, "rw", self._max_pages)
+            self._writer = patience.retry(lambda: _connect(self.path, "rw", self._max_pages))
         writer = self._writer
         try:
             patience.retry(lambda: writer.execute("BEGIN IMMEDIATE"))
@@ -523,10 +522,7 @@ def _connect(path: Path, mode: str, max_pages: int | None) -> sqlite3.Connection
 
 def _prepare_file(connection: sqlite3.Connection, path: Path) -> None:
     """Turn a new file into one of ours, as far as that happens outside of a transaction."""
-    [application_id] = connection.execute("PRAGMA application_id").fetchone()
-    [version] = connection.execute("PRAGMA user_version").fetchone()
-    [objects] = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    _check_header(path, application_id, version, objects)
+    _is_new(path, *(connection.execute(query).fetchone()[0] for query in _HEADER_QUERIES))
     [journal_mode] = connection.execute("PRAGMA journal_mode = WAL").fetchone()
     if journal_mode != "wal":
         raise UnavailableStorageError(
@@ -534,18 +530,20 @@ def _prepare_file(connection: sqlite3.Connection, path: Path) -> None:
         )
 
 
-def _check_header(path: Path, application_id: int, version: int, objects: int) -> None:
-    """Refuse a database that is not ours, or is a future version's. `objects`: how many its schema holds."""
+def _is_new(path: Path, objects: int, application_id: int, version: int) -> bool:
+    """Whether a database is still empty, from the answers to `_HEADER_QUERIES`. Refuses what is not ours to use."""
     if application_id == APPLICATION_ID:
         if version != FORMAT_VERSION:
             raise UnavailableStorageError(
                 f"{path} has format {version}, this program reads {FORMAT_VERSION}",
                 remedy="run the version of the program that wrote it, or use another directory",
             )
-    elif application_id or objects:
+        return False
+    if application_id or objects:
         raise UnavailableStorageError(
             f"{path} belongs to another program", remedy=f"move {path} away, or use another directory"
         )
+    return True
 
 
 def _create_in(connection: sqlite3.Connection, path: Path, table: TableSchema) -> None:

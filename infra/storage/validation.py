@@ -217,16 +217,23 @@ class TableRules:
         for column, value in zip(columns, values, strict=True):
             if value is None:
                 raise InvalidOperationError(f"{self._table.full_name}.{column}: NULL in a key")
-            self._check_value(column, self._checks[column], value)
+            try:
+                self._checks[column](value)
+            except (TypeError, ValueError) as error:
+                raise self._mismatch(column, value, error) from None
 
     def _check_columns(self, columns: Mapping[str, Value]) -> None:
+        checks = self._value_checks
         for column, value in columns.items():
-            check = self._value_checks.get(column)
-            if check is None:
+            try:
+                check = checks[column]
+                if value is not None:
+                    check(value)
+            except KeyError:
                 what = "a key column, which a put names in its key" if column in self._checks else "no column"
-                raise InvalidOperationError(f"{self._table.full_name}: {column!r} is {what}")
-            if value is not None:
-                self._check_value(column, check, value)
+                raise InvalidOperationError(f"{self._table.full_name}: {column!r} is {what}") from None
+            except (TypeError, ValueError) as error:
+                raise self._mismatch(column, value, error) from None
 
     def _check_condition(self, condition: ColumnCondition) -> None:
         if not isinstance(condition, ColumnCondition) or not isinstance(condition.operator, Operator):
@@ -235,7 +242,10 @@ class TableRules:
         if check is None:
             raise InvalidOperationError(f"{self._table.full_name}: {condition.column!r} is no column")
         if condition.value is not None:
-            self._check_value(condition.column, check, condition.value)
+            try:
+                check(condition.value)
+            except (TypeError, ValueError) as error:
+                raise self._mismatch(condition.column, condition.value, error) from None
 
     def _check_bound(self, bound: Bound) -> None:
         if not isinstance(bound.values, tuple):
@@ -243,17 +253,10 @@ class TableRules:
         columns = self._table.clustering_key[: len(bound.values)]
         self._check_key_values(columns, bound.values)
 
-    def _check_value(self, column: str, check: Callable[[Value], None], value: Value) -> None:
-        try:
-            check(value)
-        except TypeError:
-            raise InvalidOperationError(
-                f"{self._table.full_name}.{column} is {self._table.columns[column]}, not {type(value).__name__}"
-            ) from None
-        except ValueError as error:
-            raise InvalidOperationError(
-                f"{self._table.full_name}.{column} ({self._table.columns[column]}): {error}"
-            ) from None
+    def _mismatch(self, column: str, value: Value, error: TypeError | ValueError) -> InvalidOperationError:
+        data_type = self._table.columns[column]
+        what = str(error) if isinstance(error, ValueError) else f"not {type(value).__name__}"
+        return InvalidOperationError(f"{self._table.full_name}.{column} is {data_type}: {what}")
 
 
 def check_one_unit(mutations: Sequence[Mutation], atomicity: Atomicity) -> None:
