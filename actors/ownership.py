@@ -1,9 +1,9 @@
 """Who may work on a record right now: wound-wait, so that commands on hot keys queue instead of colliding.
 
 A command owns every key that it reads or writes until its transaction is decided. Each has an age, kept through all
-its attempts. An older command that meets a younger owner wounds it (the younger starts again and queues behind);
-a younger one waits for an older owner. Waits go from young to old only, so there is no cycle; and an owner that is
-already prepared is waited for, whatever its age, since it waits for nobody.
+its attempts. An older command that meets a younger owner wounds it, after a moment's patience: the younger starts
+again and queues behind. A younger one waits for an older owner. Waits that last go from young to old only, so no cycle
+lasts; and an owner that is already prepared is waited for, whatever its age, since it waits for nobody.
 
 Ownership is about speed and fairness. Correctness rests on the conditions of prepare alone: an actor that forgot,
 or a second actor for the same keys, loses its condition there.
@@ -37,7 +37,11 @@ class Owner:
 
 
 class Ownership:
-    def __init__(self) -> None:
+    """`patience_s` is how long an older command waits for a younger owner before it wounds it. Most owners are about
+    to be done, and wounding throws their work away; only a deadlock needs it. The wait bounds how long one lasts."""
+
+    def __init__(self, *, patience_s: float = 0.1) -> None:
+        self._patience_s = patience_s
         self._owners: dict[Hashable, Owner] = {}
         self._queues: dict[Hashable, list[tuple[Age, int, Owner, asyncio.Future[None]]]] = {}
         self._order = itertools.count()
@@ -55,10 +59,13 @@ class Ownership:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._queues.setdefault(key, []), (claimant.age, next(self._order), claimant, turn))
         claimant.waiting.add(turn)
-        if claimant.age < owner.age and not owner.prepared:
-            self._wound(owner)  # the key goes to the oldest that waits, which may be another than this claimant
         try:
-            await turn
+            while not turn.done():
+                await asyncio.wait((turn,), timeout=self._patience_s)
+                owner = self._owners.get(key)
+                if not turn.done() and owner is not None and claimant.age < owner.age and not owner.prepared:
+                    self._wound(owner)  # the key goes to the oldest that waits, which may be another than this one
+            turn.result()
         finally:
             claimant.waiting.discard(turn)
 
