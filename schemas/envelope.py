@@ -606,8 +606,14 @@ def _dead(raw: RawMessage, envelope: Envelope, reason: DeadLetterReason, detail:
 
 
 def key_text(raw: RawMessage) -> str:
-    """The key as text, whatever its bytes; empty when there is none."""
-    return (raw.key or b"").decode("utf-8", "backslashreplace")
+    """The key as text, whatever its bytes; empty when there is none.
+
+    A key longer than any of ours is cut and told apart by its digest: an answer must fit a row and a message.
+    """
+    key = raw.key or b""
+    if len(key) > MAX_TEXT_CHARS:
+        return f"{key[:100].decode('utf-8', 'backslashreplace')}… sha256:{hashlib.sha256(key).hexdigest()}"
+    return key.decode("utf-8", "backslashreplace")
 
 
 def _payload(raw: RawMessage) -> bytes:

@@ -199,6 +199,19 @@ def test_a_dead_letter_does_not_quote_the_body() -> None:
     assert "s3cret" not in str(dead.value)
 
 
+@pytest.mark.parametrize("byte", [b"k", b"\xff", "東".encode()])
+def test_a_key_of_megabytes_is_cut_and_still_told_apart(byte: bytes) -> None:
+    """Its answer must fit a row and a message."""
+    keys = set()
+    for length in (1_000_000, 1_000_001):
+        with pytest.raises(DeadLetterError) as dead:
+            parse_command(raw_command(key=byte * length), domain="orders")
+        keys.add(dead.value.key)
+
+    assert len(keys) == 2
+    assert all(len(key) < 600 for key in keys)
+
+
 def test_one_bad_command_does_not_list_a_thousand_complaints() -> None:
     with pytest.raises(DeadLetterError, match=r"; and \d{4} more$") as dead:
         parse_command(raw_command(value=order(lines=[1] * 2_000, currency=1, order_id=1)), domain="orders")
