@@ -172,7 +172,18 @@ class Home:
             )
             verdict = Verdict(DEAD_LETTERED, error.reason.value, {"detail": error.detail})
         answer = await self._until_answered(subject, verdict, raw)
-        self._on_answer(self._domain.name, answer, self._clock.monotonic_s() - started_s)
+        seconds = self._clock.monotonic_s() - started_s
+        self._on_answer(self._domain.name, answer, seconds)
+        log.info(
+            "answered",
+            command_id=answer.id,
+            tx_id=answer.tx_id,
+            correlation_id=answer.correlation_id,
+            type=answer.type,
+            status=answer.status,
+            reason=answer.reason,
+            milliseconds=round(seconds * 1000, 1),
+        )
         return answer
 
     def _subject(self, parsed: ParsedCommand) -> Subject:

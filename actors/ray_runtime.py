@@ -11,6 +11,7 @@ came from Kafka is ever unpickled.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,13 +46,17 @@ METHODS = (
 
 @dataclass(frozen=True)
 class ActorSetup:
-    """What a Ray worker process needs to become an actor. `prepare_process` names `module:function`, called with the
-    actor's name before anything else: logging and metrics; it returns the Observer."""
+    """What a Ray worker process needs to become an actor.
+
+    `prepare_process` names a `module:function` that is called first, with the actor's name and `prepare_argument`: it
+    sets up logging and metrics and returns the Observer.
+    """
 
     name: str
     config: SystemConfig
     storage_url: str
     prepare_process: str = ""
+    prepare_argument: str = ""
 
 
 class ConcordActor:
@@ -84,9 +89,8 @@ class ConcordActor:
         observer = Observer()
         if self._setup.prepare_process:
             module, _, function = self._setup.prepare_process.partition(":")
-            import importlib
-
-            observer = getattr(importlib.import_module(module), function)(self._setup.name)
+            prepare = getattr(importlib.import_module(module), function)
+            observer = prepare(self._setup.name, self._setup.prepare_argument)
         storage = connect_storage(self._setup.storage_url)
         actor = build_actor(
             self._setup.name,
@@ -167,6 +171,7 @@ def start_cluster(
     *,
     storage_url: str,
     prepare_process: str = "",
+    prepare_argument: str = "",
     dashboard_port: int = 8265,
     include_dashboard: bool = True,
     num_cpus: int = 2,
@@ -197,7 +202,7 @@ def start_cluster(
             max_restarts=-1,
             max_task_retries=0,
             max_concurrency=10_000,  # what waits for storage or for a key must not keep a decision out
-        ).remote(ActorSetup(name, config, storage_url, prepare_process))
+        ).remote(ActorSetup(name, config, storage_url, prepare_process, prepare_argument))
         for name in actor_names(config)
     }
     return RayCluster(context.address_info["address"], context.dashboard_url or "", handles)
