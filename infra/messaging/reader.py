@@ -45,8 +45,8 @@ async def read_all(
     `from_beginning` reading begins at those ends, which only makes sense without `until_end`.
     Raises BrokerUnavailableError and UnknownTopicError. Close the iterator (`aclosing`) if you leave it early.
     """
+    partitions = await _partitions(bootstrap, topics)
     async with _consumer(bootstrap) as consumer:
-        partitions = await _partitions(consumer, topics)
         ends = await consumer.end_offsets(partitions)
         starts = await consumer.beginning_offsets(partitions) if from_beginning else ends
         remaining = {partition for partition in partitions if starts[partition] < ends[partition]}
@@ -85,8 +85,9 @@ def tail(bootstrap: str, topics: Sequence[str], *, from_beginning: bool = False)
 
 async def end_offsets(bootstrap: str, topics: Sequence[str]) -> dict[Position, int]:
     """The offset that each partition's next message will have."""
+    partitions = await _partitions(bootstrap, topics)
     async with _consumer(bootstrap) as consumer:
-        ends = await consumer.end_offsets(await _partitions(consumer, topics))
+        ends = await consumer.end_offsets(partitions)
     return {(partition.topic, partition.partition): offset for partition, offset in ends.items()}
 
 
@@ -103,8 +104,8 @@ async def lag(bootstrap: str, group: str, topics: Sequence[str]) -> dict[Positio
     A partition without an acknowledged offset, or with one that retention has passed, counts from its beginning.
     """
     committed = await committed_offsets(bootstrap, group)
+    partitions = await _partitions(bootstrap, topics)
     async with _consumer(bootstrap) as consumer:
-        partitions = await _partitions(consumer, topics)
         ends = await consumer.end_offsets(partitions)
         starts = await consumer.beginning_offsets(partitions)
     lags = {}
@@ -121,13 +122,15 @@ async def cluster_id(bootstrap: str) -> str:
     return str(cluster["cluster_id"])
 
 
-async def _partitions(consumer: AIOKafkaConsumer, topics: Iterable[str]) -> list[TopicPartition]:
-    known = await consumer.topics()
+async def _partitions(bootstrap: str, topics: Iterable[str]) -> list[TopicPartition]:
+    async with _admin(bootstrap) as admin:
+        # All topics, not these: asking for one by name would create it where the broker is so configured.
+        known = {topic["topic"]: topic["partitions"] for topic in await admin.describe_topics()}
     partitions = []
     for topic in topics:
         if topic not in known:
             raise UnknownTopicError(topic)
-        partitions += [TopicPartition(topic, number) for number in sorted(consumer.partitions_for_topic(topic))]
+        partitions += [TopicPartition(topic, number) for number in sorted(part["partition"] for part in known[topic])]
     return partitions
 
 

@@ -43,10 +43,11 @@ class Server:
     name: str
     version: str
     coordinates: tuple[str, ...]
+    lock_dir: Path = _HERE
 
     @property
     def lock_path(self) -> Path:
-        return _HERE / f"{self.name}-{self.version}.sha256"
+        return self.lock_dir / f"{self.name}-{self.version}.sha256"
 
 
 SERVERS: Mapping[str, Server] = {
@@ -187,7 +188,8 @@ def _maven_context(repo_cache: Path) -> Any:
     from jgo.constants import MAVEN_CENTRAL_URL
     from jgo.maven import MavenContext
 
-    repositories = {**GlobalSettings.load().repositories, "central": MAVEN_CENTRAL_URL}
+    repositories = dict(GlobalSettings.load().repositories)  # the user's mirrors come first, and may be `central`
+    repositories.setdefault("central", MAVEN_CENTRAL_URL)
     return MavenContext(repo_cache=repo_cache, remote_repos=repositories)
 
 

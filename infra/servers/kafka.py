@@ -127,7 +127,6 @@ logger.recovery.level = info
 _READY_TIMEOUT_S = 90.0
 _PROBE_INTERVAL_S = 0.05
 _STOP_GRACE_S = 20.0
-_LOCK_WAIT_S = 5.0
 _FORMAT_TIMEOUT_S = 60.0
 _QUOTED_LINES = 6
 
@@ -179,6 +178,8 @@ class LocalKafka:
     """One Kafka node of our own. Start it from the main thread (see `processes`).
 
     `directory` is Kafka's own folder and is made if absent. Ports that are None are chosen freely and remembered.
+    `min_free_mb` is the room that the disk must have at the start; `lock_wait_s` is how long a predecessor whose
+    parent was killed gets to die.
     """
 
     def __init__(
@@ -190,6 +191,7 @@ class LocalKafka:
         *,
         cache_dir: Path | None = None,
         min_free_mb: int = 256,
+        lock_wait_s: float = 5.0,
         progress: Progress | None = None,
     ) -> None:
         self._directory = directory.absolute()
@@ -197,6 +199,7 @@ class LocalKafka:
         self._heap_mb = heap_mb
         self._cache_dir = cache_dir
         self._min_free_mb = min_free_mb
+        self._lock_wait_s = lock_wait_s
         self._progress = progress
         self._ports: _Ports | None = None
         self._process: ChildProcess | None = None
@@ -310,7 +313,7 @@ class LocalKafka:
         """Hold the directory. A node whose parent was just killed gets a moment to die first."""
         path = self._directory / ".lock"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        deadline = asyncio.get_running_loop().time() + _LOCK_WAIT_S
+        deadline = asyncio.get_running_loop().time() + self._lock_wait_s
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
