@@ -70,7 +70,6 @@ def configure_logging(level: str = "info", *, process: str, file: Path | None = 
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
         structlog.processors.format_exc_info,
-        structlog.processors.UnicodeDecoder(),
     ]
     structlog.configure(
         processors=[

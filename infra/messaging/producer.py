@@ -45,7 +45,7 @@ MAX_REQUEST_BYTES = 8 * 1024 * 1024
 _MAX_BATCH_BYTES = 128 * 1024
 _TOPIC_VISIBLE_WITHIN_S = 1.0
 _METADATA_INTERVAL_S = 0.1
-_CLOSE_TIMEOUT_S = 5.0
+_PATIENCE_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,8 @@ class EventProducer:
         self._started = False
         generation, self._generation = self._generation, None
         if generation is not None:
-            await generation.flush(self._delivery_timeout_s)
+            if generation.failure is None:
+                await generation.flush(self._delivery_timeout_s)
             await generation.close(DeliveryFailedError("The producer was stopped before the message was confirmed."))
 
     async def send(
@@ -118,12 +119,11 @@ class EventProducer:
         if self._generation is not None and self._generation.failure is None:
             return self._generation
         async with self._beginning:
-            failed = self._generation
-            if failed is not None and failed.failure is None:
-                return failed  # another task was faster
-            if failed is not None:
+            if self._generation is not None:
+                if self._generation.failure is None:
+                    return self._generation  # another task was faster
                 # The old connections must be gone before a new number series begins: nothing may arrive late.
-                await failed.close(failed.failure)
+                await self._generation.close(self._generation.failure)
             generation = _Generation(
                 AIOKafkaProducer(
                     bootstrap_servers=self._bootstrap_servers,
@@ -284,33 +284,38 @@ class _Generation:
         return sent
 
     async def flush(self, timeout_s: float) -> None:
+        """Wait until the broker has everything, as far as it answers in time."""
         with contextlib.suppress(TimeoutError, KafkaError):
             async with asyncio.timeout(timeout_s):
                 await self._inner.flush()
         await asyncio.sleep(0)  # let the confirmations settle
 
-    async def close(self, failure: MessagingError | None) -> None:
+    async def close(self, failure: MessagingError) -> None:
         """Tear the inner producer down; whatever it still owes fails with `failure`."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if failure is not None:
+        self._forget_settled()
+        if self._outstanding:
             self._fail(failure)
         await self._tear_down()
 
     async def _tear_down(self) -> None:
-        # `stop` flushes first and waits for a silent broker for ever, and when it is cancelled leaves its sender
-        # running, which would deliver stale messages later. So it gets a moment, then the sender is ended by name.
-        try:
-            async with asyncio.timeout(0.1 if self.failure is not None else _CLOSE_TIMEOUT_S):
-                await self._inner.stop()
-        except (TimeoutError, KafkaError):
-            sender_task = self._inner._sender.sender_task
-            with contextlib.suppress(Exception):
-                await self._inner.client.close()
-            if sender_task is not None and not sender_task.done():
-                sender_task.cancel()
-                await asyncio.wait([sender_task], timeout=_CLOSE_TIMEOUT_S)
+        """Disconnect without delivering anything more.
+
+        The inner producer's own `stop` would flush, and wait for a silent broker for ever. So its sender is ended
+        here: the first cancellation lets it wait for the requests under way, a further one ends those as well
+        (they may be waiting for metadata that a closed client will never fetch).
+        """
+        sender_task = self._inner._sender.sender_task
+        if sender_task is not None:
+            sender_task.cancel()
+        with contextlib.suppress(KafkaError, OSError):
+            await self._inner.client.close()
+        while sender_task is not None and not sender_task.done():
+            await asyncio.wait([sender_task], timeout=_PATIENCE_S)
+            sender_task.cancel()
+        self._inner._closed = True  # or its destructor complains that nobody called `stop`
 
 
 def _for_the_others(failure: MessagingError) -> MessagingError:

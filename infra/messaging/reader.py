@@ -5,6 +5,8 @@ Nothing here moves a position of the system, and nothing is acknowledged.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from infra.messaging.errors import BrokerUnavailableError, MessagingError, Unkno
 _REQUEST_TIMEOUT_MS = 15_000
 _POLL_MS = 200
 _RECORDS_A_POLL = 2_000
+_RETRY_INTERVAL_S = 0.1
 
 Position = tuple[str, int]
 """(topic, partition)"""
@@ -93,9 +96,27 @@ async def end_offsets(bootstrap: str, topics: Sequence[str]) -> dict[Position, i
 
 async def committed_offsets(bootstrap: str, group: str) -> dict[Position, int]:
     """What a consumer group has acknowledged: the next offset that it will read. Empty for an unknown group."""
+    deadline_s = time.monotonic() + _REQUEST_TIMEOUT_MS / 1000
     async with _admin(bootstrap) as admin:
-        offsets = await admin.list_consumer_group_offsets(group)
-    return {(part.topic, part.partition): held.offset for part, held in offsets.items() if held.offset >= 0}
+        while True:
+            # Every partition is asked for by name: a coordinator that is still loading answers without any, which
+            # aiokafka does not tell from a group that has acknowledged nothing.
+            asked = [
+                TopicPartition(topic["topic"], partition["partition"])
+                for topic in await admin.describe_topics()
+                for partition in topic["partitions"]
+            ]
+            try:
+                held = await admin.list_consumer_group_offsets(group, partitions=asked)
+            except KafkaError as error:
+                if not getattr(error, "retriable", False) or time.monotonic() > deadline_s:
+                    raise
+            else:
+                if len(held) == len(asked):
+                    return {(part.topic, part.partition): at.offset for part, at in held.items() if at.offset >= 0}
+                if time.monotonic() > deadline_s:
+                    raise MessagingError(f"Kafka did not tell what group {group} has acknowledged.")
+            await asyncio.sleep(_RETRY_INTERVAL_S)
 
 
 async def lag(bootstrap: str, group: str, topics: Sequence[str]) -> dict[Position, int]:

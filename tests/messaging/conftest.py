@@ -4,9 +4,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from servers.kafka_fixture import running_kafka
 
 from infra.servers.kafka import LocalKafka
+from tests.servers.kafka_fixture import running_kafka
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

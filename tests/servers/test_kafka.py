@@ -6,16 +6,14 @@ import asyncio
 import os
 import re
 import select
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
-from kafka_fixture import fresh_topic
 
 from infra.messaging.producer import EventProducer
 from infra.messaging.reader import read_all
@@ -28,6 +26,7 @@ from infra.servers.errors import (
     ServerError,
 )
 from infra.servers.kafka import LocalKafka
+from tests.servers.kafka_fixture import fresh_topic
 
 
 async def publish(kafka: LocalKafka, topic: str, values: list[bytes]) -> None:
@@ -56,8 +55,11 @@ async def stopped_at_the_end(*nodes: LocalKafka) -> AsyncIterator[None]:
 async def test_a_second_start_on_the_same_directory_continues_with_its_messages_and_its_port(tmp_path: Path) -> None:
     directory = tmp_path / "a folder of 日本語"
     first, second = LocalKafka(directory), LocalKafka(directory)
-    async with stopped_at_the_end(first, second):
+    async with stopped_at_the_end(first, second), AsyncExitStack() as stack:
         bootstrap = await first.start()
+        long_lived = EventProducer(bootstrap)
+        await long_lived.start()
+        stack.push_async_callback(long_lived.stop)
         topic = await fresh_topic(first)
         values = [b"%d" % number for number in range(500)]
         await publish(first, topic, values)
@@ -68,6 +70,9 @@ async def test_a_second_start_on_the_same_directory_continues_with_its_messages_
         assert await second.start() == bootstrap
         assert second.cluster_id == cluster_id
         assert await values_of(second, topic) == values
+
+        await long_lived.send_and_wait(topic, b"key", b"after the restart")
+        values.append(b"after the restart")
 
         with pytest.raises(AlreadyRunningError) as caught:
             await LocalKafka(directory, lock_wait_s=0).start()
@@ -99,12 +104,12 @@ async def main():
 
 asyncio.run(main())
 """
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=subprocess.PIPE)
     assert parent.stdout is not None
-    java = os.pidfd_open(int(await asyncio.to_thread(parent.stdout.readline)))
+    java = os.pidfd_open(int(await parent.stdout.readline()))
     try:
-        parent.send_signal(signal.SIGKILL)
-        parent.wait()
+        parent.kill()
+        await parent.wait()
         assert select.select([java], [], [], 20)[0], "Kafka must not outlive its parent"
     finally:
         os.close(java)
@@ -166,16 +171,14 @@ async def test_a_failed_start_gives_the_directory_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "error", "setting"),
     [
-        ("org.apache.kafka.common.KafkaException: Socket server failed to bind to 127.0.0.1:9092: Address already in use.",
+        ("org.apache.kafka.common.KafkaException: Socket server failed to bind to 127.0.0.1:1: Address already in use.",
          PortTakenError, "CONCORD_KAFKA__PORT"),
         ("java.io.IOException: No space left on device", DirectoryError, "--data"),
         ("java.nio.file.AccessDeniedException: /data/meta.properties", DirectoryError, "--data"),
         ("Error: Could not reserve enough space for 67108864KB object heap", ServerDiedError, "CONCORD_KAFKA__HEAP_MB"),
     ],
 )  # fmt: skip
-def test_known_ends_of_kafka_name_the_setting_and_the_remedy(
-    line: str, error: type[ServerError], setting: str
-) -> None:
+def test_known_ends_of_kafka_name_the_setting_and_the_remedy(line: str, error: type[ServerError], setting: str) -> None:
     explained = kafka_module._explain("Kafka ended.", ["INFO starting", line, "INFO shut down"])
 
     assert type(explained) is error
@@ -184,7 +187,12 @@ def test_known_ends_of_kafka_name_the_setting_and_the_remedy(
 
 
 def test_an_unknown_end_quotes_the_telling_lines_and_names_the_log() -> None:
-    lines = ["INFO one", "ERROR Exiting Kafka due to fatal exception", "java.lang.IllegalStateException: odd", "INFO two"]
+    lines = [
+        "INFO one",
+        "ERROR Exiting Kafka due to fatal exception",
+        "java.lang.IllegalStateException: odd",
+        "INFO two",
+    ]
 
     explained = kafka_module._explain("Kafka ended.", lines, log_path=Path("/dir/server.log"))
 

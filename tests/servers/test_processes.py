@@ -24,16 +24,14 @@ def has_ended(pid_descriptor: int) -> bool:
 async def says(child: ChildProcess, log: Path, text: str) -> None:
     """Wait until the child's log holds `text`."""
     async with asyncio.timeout(TIMEOUT_S):
-        while text not in log.read_text():
-            assert child.exit_code is None, log.read_text()
+        while text not in (said := await asyncio.to_thread(log.read_text)):
+            assert child.exit_code is None, said
             await asyncio.sleep(0.01)
 
 
 def test_a_child_dies_when_its_parent_is_killed() -> None:
     program = "import time; from infra.servers.processes import spawn; print(spawn(['sleep', '600']).pid, flush=True)"
-    parent = subprocess.Popen(
-        [sys.executable, "-c", f"{program}; time.sleep(600)"], stdout=subprocess.PIPE, text=True
-    )
+    parent = subprocess.Popen([sys.executable, "-c", f"{program}; time.sleep(600)"], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     child = os.pidfd_open(int(parent.stdout.readline()))
     try:
@@ -49,9 +47,7 @@ def test_a_child_dies_when_its_parent_is_killed() -> None:
 
 def test_a_parent_that_ends_in_order_takes_a_forgotten_child_with_it() -> None:
     program = "from infra.servers.processes import spawn; print(spawn(['sleep', '600']).pid, flush=True); input()"
-    parent = subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     child = os.pidfd_open(int(parent.stdout.readline()))
     try:
@@ -79,7 +75,9 @@ async def test_a_child_leads_its_own_session_so_that_ctrl_c_does_not_reach_it() 
 
 async def test_stop_asks_with_sigterm_first(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    program = "import signal, sys; signal.signal(15, lambda *_: sys.exit(7)); print('ready', flush=True); signal.pause()"
+    program = (
+        "import signal, sys; signal.signal(15, lambda *_: sys.exit(7)); print('ready', flush=True); signal.pause()"
+    )
     child = spawn([sys.executable, "-c", program], log_path=log)
     await says(child, log, "ready")
 
