@@ -54,7 +54,6 @@ REASONS: Mapping[str, str] = {
     "quantity_too_large": "The quantities of one product add up to more than one command can speak of.",
     "duplicate_return": "The customer has a return of this id already, with other content.",
     "order_not_shipped": "Goods that have not been shipped cannot come back: cancel the order instead.",
-    "currency_mismatch": "The order is in another currency.",
     "over_return": "More comes back than was sold at that price and has not come back yet; `lines` lists it.",
 }
 
@@ -286,8 +285,6 @@ def _check_return(order: Order, command: ReturnGoods) -> None:
     """Refuse what `order` did not sell, or what is back already."""
     if "shipped" not in order.steps:
         raise Refused("order_not_shipped", order_id=order.order_id, status=order.status)
-    if order.currency != command.currency:
-        raise Refused("currency_mismatch", currency=command.currency, expected=order.currency)
     returnable = quantity_by_price(order.lines) - quantity_by_price(order.returned)
     if too_many := [
         {

@@ -244,9 +244,12 @@ async def test_an_order_takes_over_what_was_reserved_for_it(shop: Shop) -> None:
     assert shop.rows(EXPIRIES) == []
 
 
-async def test_an_order_does_not_take_over_other_goods(shop: Shop) -> None:
+@pytest.mark.parametrize("changes", [{"items": items(mug=6)}, {"customer_id": "bob"}])
+async def test_an_order_does_not_take_over_other_goods_or_another_customers(
+    shop: Shop, changes: dict[str, object]
+) -> None:
     await shop.committed(reserve())
-    await shop.refused(reserve(for_order=True, items=items(mug=6)), "duplicate_reservation")
+    await shop.refused(reserve(for_order=True, **changes), "duplicate_reservation")
 
 
 async def test_the_timer_expires_what_is_due_and_nothing_else(shop: Shop) -> None:

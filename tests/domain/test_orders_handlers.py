@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 from shop import Shop, arrange, give_back, items, line, place, product, reserve, take, wallet
 
+from actors.domain import Refused
 from actors.inventory.tables import EXPIRIES, PRODUCTS, RESERVATIONS
-from actors.orders.handlers import TRANSITIONS
+from actors.orders.handlers import TRANSITIONS, _call_all
 from actors.orders.tables import ORDERS, RETURNS, Order, quantity_by_product, total_of
 from actors.payment.tables import PAYMENTS, WALLETS
 from actors.shipping.tables import SHIPMENTS
@@ -451,6 +453,44 @@ async def test_products_of_one_id_in_two_categories_are_two_products(shop: Shop)
         ("garden", 1),
         ("kitchen", 1),
     }
+
+
+class Callee:
+    """Answers each call after as many turns of the loop as its script says, with a result or an error."""
+
+    def __init__(self, *script: tuple[int, Exception | None]) -> None:
+        self.script = list(script)
+        self.answered = 0
+
+    async def call(self, command: Command) -> dict[str, Any]:
+        turns, error = self.script.pop(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        self.answered += 1
+        if error is not None:
+            raise error
+        return {"answered": self.answered}
+
+
+async def test_results_of_calls_come_in_the_order_of_the_calls() -> None:
+    assert await _call_all(Callee((2, None), (1, None)), [ship(), cancel()]) == [{"answered": 2}, {"answered": 1}]
+
+
+async def test_a_failed_call_does_not_leave_the_others_behind() -> None:
+    callee = Callee((0, Refused("first")), (9, None))
+    with pytest.raises(Refused, match="first"):
+        await _call_all(callee, [ship(), cancel()])
+    assert callee.answered == 2
+
+
+async def test_the_earliest_call_that_was_refused_is_reported_however_late_it_was() -> None:
+    with pytest.raises(Refused, match="first"):
+        await _call_all(Callee((9, Refused("first")), (0, Refused("second"))), [ship(), cancel()])
+
+
+async def test_trouble_is_reported_before_a_refusal() -> None:
+    with pytest.raises(RuntimeError, match="trouble"):
+        await _call_all(Callee((0, Refused("first")), (0, RuntimeError("trouble"))), [ship(), cancel()])
 
 
 def test_lines_add_up() -> None:
