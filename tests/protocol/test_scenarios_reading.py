@@ -1,0 +1,149 @@
+"""Scenarios 1 to 6: what a transaction reads when nobody disturbs the records.
+
+Index reads, scans of all partitions and READ_COMMITTED are not in the engine yet.
+"""
+
+from __future__ import annotations
+
+import pytest
+from protocol_world import ACCOUNT, World, key, row, whole
+
+from infra.consensus_commit.errors import IllegalOperationError, ValidationConflictError
+from infra.consensus_commit.states import Isolation
+from infra.storage.operations import Bound, ColumnCondition, Operator, Scan
+
+EVERY_SCAN = {
+    "whole": whole(),
+    "range": Scan(ACCOUNT, (1,), Bound((2,)), Bound((4,), inclusive=False)),
+    "reversed": Scan(ACCOUNT, (1,), reverse=True),
+    "limited": Scan(ACCOUNT, (1,), limit=2),
+    "reversed and limited": Scan(ACCOUNT, (1,), limit=3, reverse=True),
+    "conditional": Scan(ACCOUNT, (1,), where=(ColumnCondition("balance", Operator.GT, 25),)),
+    "conditional and limited": Scan(ACCOUNT, (1,), where=(ColumnCondition("balance", Operator.GT, 15),), limit=1),
+    "empty": Scan(ACCOUNT, (9,)),
+}
+
+
+async def test_scenario_01_a_committed_record_is_read_with_its_values(world: World) -> None:
+    await world.given({1: 10})
+
+    assert await world.begin().get(ACCOUNT, key(1)) == row(1, 10)
+
+
+async def test_scenario_02_an_absent_record_is_read_as_none(world: World) -> None:
+    assert await world.begin().get(ACCOUNT, key(1)) is None
+
+
+@pytest.mark.parametrize("isolation", list(Isolation))
+async def test_scenario_03_a_repeated_get_is_not_disturbed_by_anothers_commit(
+    world: World, isolation: Isolation
+) -> None:
+    await world.given({1: 10})
+    transaction = world.begin(isolation)
+    first = await transaction.get(ACCOUNT, key(1))
+
+    await world.commits(lambda other: other.update(ACCOUNT, key(1), {"balance": 11}))
+
+    assert await transaction.get(ACCOUNT, key(1)) == first == row(1, 10)
+    if isolation is Isolation.SERIALIZABLE:
+        with pytest.raises(ValidationConflictError):
+            await transaction.commit()
+    else:
+        await transaction.commit()
+
+
+async def test_scenario_03_an_absence_once_read_stays_absent(world: World) -> None:
+    transaction = world.begin(Isolation.SNAPSHOT)
+    assert await transaction.get(ACCOUNT, key(1)) is None
+
+    await world.given({1: 10})
+
+    assert await transaction.get(ACCOUNT, key(1)) is None
+
+
+@pytest.mark.parametrize("isolation", list(Isolation))
+async def test_scenario_04_a_repeated_scan_is_not_disturbed_by_anothers_insert(
+    world: World, isolation: Isolation
+) -> None:
+    await world.given({1: 10})
+    transaction = world.begin(isolation)
+    first = await transaction.scan(whole())
+
+    await world.given({2: 20})
+
+    assert await transaction.scan(whole()) == first == [row(1, 10)]
+    if isolation is Isolation.SERIALIZABLE:
+        with pytest.raises(ValidationConflictError):
+            await transaction.commit()
+    else:
+        await transaction.commit()
+
+
+@pytest.mark.parametrize("scan", EVERY_SCAN.values(), ids=EVERY_SCAN.keys())
+async def test_scenario_05_a_scanner_returns_what_a_scan_returns(world: World, scan: Scan) -> None:
+    await world.given({number: number * 10 for number in range(1, 6)})
+    scanned = await world.begin().scan(scan)
+    transaction = world.begin()
+
+    async with transaction.scanner(scan) as scanner:
+        returned = [record async for record in scanner]
+
+    assert returned == scanned
+    assert await transaction.scan(scan) == scanned, "what a scanner has read to its end answers the scan too"
+    await transaction.commit()
+
+
+async def test_scenario_05_scans_return_what_their_bounds_conditions_and_limits_say(world: World) -> None:
+    await world.given({number: number * 10 for number in range(1, 6)})
+
+    found = {name: [record["id"] for record in await world.begin().scan(scan)] for name, scan in EVERY_SCAN.items()}
+
+    assert found == {
+        "whole": [1, 2, 3, 4, 5],
+        "range": [2, 3],
+        "reversed": [5, 4, 3, 2, 1],
+        "limited": [1, 2],
+        "reversed and limited": [5, 4, 3],
+        "conditional": [3, 4, 5],
+        "conditional and limited": [2],
+        "empty": [],
+    }
+
+
+async def test_scenario_05_a_limit_counts_records_that_are_there(world: World) -> None:
+    """The stored rows before the limit may be inserts of aborted transactions: further rows take their place."""
+    await world.given({2: 20, 4: 40})
+    await world.orphan(lambda dead: dead.insert(ACCOUNT, key(1), {"balance": 10}))
+    await world.orphan(lambda dead: dead.insert(ACCOUNT, key(3), {"balance": 30}))
+    world.expire()
+
+    assert await world.begin().scan(Scan(ACCOUNT, (1,), limit=2)) == [row(2, 20), row(4, 40)]
+
+
+async def test_scenario_05_a_record_that_a_scanner_returned_is_what_a_write_is_conditional_on(world: World) -> None:
+    """Lost update otherwise: the write is computed from what the scanner returned, not from what is stored by then."""
+    await world.given({1: 10})
+    transaction = world.begin(Isolation.SNAPSHOT)
+    async with transaction.scanner(whole()) as scanner:
+        seen = await scanner.one()
+        assert seen is not None
+        await world.commits(lambda other: other.update(ACCOUNT, key(1), {"balance": 15}))
+    await transaction.update(ACCOUNT, key(1), {"balance": seen["balance"] + 1})  # type: ignore[operator]
+
+    with pytest.raises(Exception, match="not as it was read"):
+        await transaction.commit()
+    assert await world.balances() == {("account", 1, 1): 15}
+
+
+async def test_scenario_06_a_commit_with_an_open_scanner_is_refused(world: World) -> None:
+    await world.given({1: 10})
+    transaction = world.begin()
+    scanner = transaction.scanner(whole())
+    await scanner.one()
+    await transaction.insert(ACCOUNT, key(2, partition=2), {"balance": 5})
+
+    with pytest.raises(IllegalOperationError, match="scanner"):
+        await transaction.commit()
+
+    assert await world.balances() == {("account", 1, 1): 10}
+    await scanner.close()

@@ -1,0 +1,391 @@
+"""Scenarios 7 to 18: records that a transaction left prepared, met by a get, a scan or a scanner.
+
+19 (READ_COMMITTED) and 20 to 22 (indexes) are not in the engine yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from faults import Matcher, following, reads_of, writes_to
+from protocol_world import ABORTED, ACCOUNT, COMMITTED, World, key, row, whole
+
+from infra.consensus_commit.errors import CrudConflictError, UncommittedRecordError
+from infra.consensus_commit.metadata import BEFORE, transactional
+from infra.consensus_commit.states import Isolation
+from infra.consensus_commit.transaction import Transaction
+from infra.storage.operations import IfNotExists, Put, Row
+
+Read = Callable[[Transaction], Awaitable[Row | None]]
+
+
+async def by_get(transaction: Transaction) -> Row | None:
+    return await transaction.get(ACCOUNT, key(1))
+
+
+async def by_scan(transaction: Transaction) -> Row | None:
+    rows = await transaction.scan(whole())
+    assert len(rows) <= 1
+    return rows[0] if rows else None
+
+
+async def by_scanner(transaction: Transaction) -> Row | None:
+    async with transaction.scanner(whole()) as scanner:
+        return await scanner.one()
+
+
+each_read = pytest.mark.parametrize("read", [by_get, by_scan, by_scanner])
+
+
+def second_look(world: World) -> Matcher:
+    """The reader's next look at a record for which it has found no state row."""
+    return following(reads_of(world.states.table), reads_of(transactional(ACCOUNT)))
+
+
+async def update(transaction: Transaction) -> None:
+    await transaction.upsert(ACCOUNT, key(1), {"balance": 99})
+
+
+async def insert(transaction: Transaction) -> None:
+    await transaction.insert(ACCOUNT, key(1), {"balance": 99})
+
+
+async def delete(transaction: Transaction) -> None:
+    await transaction.delete(ACCOUNT, key(1))
+
+
+@each_read
+async def test_scenario_07_a_prepared_record_whose_state_is_committed_is_read_as_its_after_image_and_rolled_forward(
+    world: World, read: Read
+) -> None:
+    await world.given({1: 10})
+    tx_id = await world.orphan(update, COMMITTED)
+
+    assert await read(world.begin()) == row(1, 99)
+
+    await world.settled()
+    stored, state = await world.stored(1), await world.state(tx_id)
+    assert stored is not None
+    assert state is not None
+    assert (stored["tx_id"], stored["tx_state"], stored["tx_version"]) == (tx_id, 3, 2)
+    assert stored["tx_committed_at"] == state.created_at_ms
+    assert all(value is None for name, value in stored.items() if name.startswith(BEFORE))
+    assert world.recovered == ["rolled_forward"]
+
+
+@each_read
+async def test_scenario_08_a_prepared_record_whose_state_is_aborted_is_read_as_its_before_image_and_rolled_back(
+    world: World, read: Read
+) -> None:
+    await world.given({1: 10})
+    before = await world.stored(1)
+    await world.orphan(update, ABORTED)
+
+    assert await read(world.begin()) == row(1, 10)
+
+    await world.settled()
+    assert await world.stored(1) == before
+    assert world.recovered == ["rolled_back"]
+
+
+@each_read
+async def test_scenario_09_a_freshly_prepared_undecided_record_is_a_conflict_and_stays_as_it_is(
+    world: World, read: Read
+) -> None:
+    await world.given({1: 10})
+    tx_id = await world.orphan(update)
+    before = await world.stored(1)
+
+    with pytest.raises(UncommittedRecordError) as raised:
+        await read(world.begin())
+
+    assert raised.value.tx_id == tx_id
+    await world.settled()
+    assert await world.stored(1) == before
+    assert await world.state(tx_id) is None
+
+
+@each_read
+async def test_scenario_10_an_expired_undecided_record_is_aborted_and_read_as_its_before_image(
+    world: World, read: Read
+) -> None:
+    await world.given({1: 10})
+    before = await world.stored(1)
+    tx_id = await world.orphan(update)
+    world.expire()
+
+    assert await read(world.begin()) == row(1, 10)
+
+    state = await world.state(tx_id)
+    assert state is not None
+    assert state.state is ABORTED
+    await world.settled()
+    assert await world.stored(1) == before
+
+
+async def test_scenario_10_a_record_expires_only_after_its_transactions_lifetime(world: World) -> None:
+    await world.given({1: 10})
+    await world.orphan(update)
+    world.clock.advance(15_000)
+
+    with pytest.raises(UncommittedRecordError):
+        await by_get(world.begin())
+
+    world.clock.advance(1)
+    assert await by_get(world.begin()) == row(1, 10)
+
+
+async def test_scenario_10_a_record_stamped_in_the_future_expires_once_it_was_observed_for_a_lifetime(
+    world: World,
+) -> None:
+    """A writer whose clock is years ahead must not keep a record in doubt for years."""
+    await world.given({1: 10})
+    dead = world.participant()
+    await update(dead)  # type: ignore[arg-type]
+    await dead.prepare_records(world.clock.now_ms() + 10**12)
+    with pytest.raises(UncommittedRecordError):
+        await by_get(world.begin())
+
+    world.clock.advance(15_001)
+
+    assert await by_get(world.begin()) == row(1, 10)
+
+
+@each_read
+async def test_scenario_11_an_inserted_record_of_an_aborted_transaction_vanishes(world: World, read: Read) -> None:
+    await world.orphan(insert, ABORTED)
+
+    assert await read(world.begin()) is None
+
+    await world.settled()
+    assert await world.stored(1) is None
+
+
+@each_read
+async def test_scenario_11_an_expired_insert_vanishes_too(world: World, read: Read) -> None:
+    tx_id = await world.orphan(insert)
+    world.expire()
+
+    assert await read(world.begin()) is None
+
+    await world.settled()
+    assert await world.stored(1) is None
+    assert await world.state_rows() == {tx_id: ABORTED}
+
+
+@each_read
+async def test_scenario_12_a_deleted_record_of_a_committed_transaction_is_absent_and_removed(
+    world: World, read: Read
+) -> None:
+    await world.given({1: 10})
+    await world.orphan(delete, COMMITTED)
+
+    assert await read(world.begin()) is None
+
+    await world.settled()
+    assert await world.stored(1) is None
+
+
+@each_read
+async def test_scenario_13_a_deleted_record_of_an_aborted_transaction_is_restored(world: World, read: Read) -> None:
+    await world.given({1: 10})
+    before = await world.stored(1)
+    await world.orphan(delete, ABORTED)
+
+    assert await read(world.begin()) == row(1, 10)
+
+    await world.settled()
+    assert await world.stored(1) == before
+
+
+@each_read
+async def test_scenario_14_an_expired_deleted_record_is_restored(world: World, read: Read) -> None:
+    await world.given({1: 10})
+    before = await world.stored(1)
+    tx_id = await world.orphan(delete)
+    world.expire()
+
+    assert await read(world.begin()) == row(1, 10)
+
+    await world.settled()
+    assert await world.stored(1) == before
+    assert await world.state_rows() == {tx_id: ABORTED}
+
+
+async def test_scenario_14_the_deletion_of_an_absent_record_leaves_nothing_when_it_is_rolled_back(
+    world: World,
+) -> None:
+    await world.orphan(delete, ABORTED)
+
+    assert await by_get(world.begin()) is None
+
+    await world.settled()
+    assert await world.stored(1) is None
+
+
+@each_read
+async def test_scenario_15_an_abort_that_loses_to_the_commit_is_obeyed(world: World, read: Read) -> None:
+    """The slow writer commits between the reader's look at the state table and its ABORTED row."""
+    await world.given({1: 10})
+    tx_id = await world.orphan(update)
+    world.expire()
+    slow_writer = world.process().states
+    world.storage.visit_before(
+        writes_to(world.states.table), lambda: slow_writer.commit_state(tx_id, world.clock.now_ms())
+    )
+
+    assert await read(world.begin()) == row(1, 99)
+
+    await world.settled()
+    assert await world.state_rows() == {tx_id: COMMITTED}
+    stored = await world.stored(1)
+    assert stored is not None
+    assert (stored["tx_id"], stored["tx_state"]) == (tx_id, 3)
+
+
+@each_read
+async def test_scenario_16_a_record_that_another_has_written_meanwhile_is_resolved_again(
+    world: World, read: Read
+) -> None:
+    """Between the reader's two looks, somebody else rolls the orphan back and prepares the record anew."""
+    await world.given({1: 10})
+    await world.orphan(update)
+    world.expire()
+
+    async def another_recovers_and_prepares() -> None:
+        await world.balances()
+        await world.orphan(lambda other: other.update(ACCOUNT, key(1), {"balance": 50}), COMMITTED)
+
+    world.storage.visit_before(second_look(world), another_recovers_and_prepares)
+
+    assert await read(world.begin()) == row(1, 50)
+
+
+@each_read
+async def test_scenario_17_a_record_that_keeps_changing_hands_is_a_conflict(world: World, read: Read) -> None:
+    await world.given({1: 10})
+    await world.orphan(update)
+    world.expire()
+    hands = 0
+
+    async def change_hands() -> None:
+        nonlocal hands
+        hands += 1
+        await world.balances()
+        await world.orphan(update)
+        world.expire()
+
+    world.storage.visit_before(second_look(world), change_hands, times=None)
+
+    with pytest.raises(CrudConflictError, match="changed hands"):
+        await read(world.begin())
+    assert hands == 5
+
+
+@each_read
+@pytest.mark.parametrize(("decided", "balance", "kind"), [(COMMITTED, 99, "rolled_forward"), (None, 10, "rolled_back")])
+async def test_scenario_18_two_readers_that_recover_at_once_have_one_effect(
+    world: World, read: Read, decided: object, balance: int, kind: str
+) -> None:
+    await world.given({1: 10})
+    await world.orphan(update, decided)  # type: ignore[arg-type]
+    world.expire()
+    one, other = world.process(), world.process()
+
+    found = await asyncio.gather(read(one.begin()), read(other.begin()))
+
+    assert found == [row(1, balance), row(1, balance)]
+    await asyncio.gather(one.recovery.drain(), other.recovery.drain())
+    assert world.recovered == [kind], "the second found its condition unmet"
+    assert await world.balances() == {("account", 1, 1): balance}
+
+
+async def test_scenario_18_two_readers_of_one_process_share_a_recovery(world: World) -> None:
+    await world.given({1: 10})
+    await world.orphan(update, COMMITTED)
+
+    await asyncio.gather(by_get(world.begin()), by_get(world.begin()))
+    await world.settled()
+
+    writes = [call for call in world.storage.calls if call.method == "mutate"]
+    assert len(writes) == 1
+
+
+async def test_a_write_waits_for_the_recovery_of_what_it_read(world: World) -> None:
+    """Otherwise its prepare would still find the orphan's tx_id and conflict."""
+    await world.given({1: 10})
+    await world.orphan(update, ABORTED)
+    transaction = world.begin(Isolation.SNAPSHOT)
+    assert await by_get(transaction) == row(1, 10)
+
+    await transaction.update(ACCOUNT, key(1), {"balance": 11})
+    await transaction.commit()
+
+    stored = await world.stored(1)
+    assert stored is not None
+    assert (stored["balance"], stored["tx_version"]) == (11, 2)
+
+
+async def test_a_serializable_reader_waits_for_the_recovery_of_what_it_read(world: World) -> None:
+    await world.given({1: 10, 2: 20})
+    await world.orphan(update, ABORTED)
+    transaction = world.begin()
+    assert await by_get(transaction) == row(1, 10)
+
+    await transaction.update(ACCOUNT, key(2), {"balance": 21})
+    await transaction.commit()
+
+    assert await world.balances() == {("account", 1, 1): 10, ("account", 1, 2): 21}
+
+
+async def test_an_orphan_in_the_way_of_a_blind_insert_is_recovered_for_the_next_try(world: World) -> None:
+    """A hole in ScalarDB (PR 3868): an insert reads nothing, so nobody would ever recover what blocks it."""
+    await world.orphan(insert)
+    world.expire()
+    inserting = world.begin()
+    await insert(inserting)
+    with pytest.raises(Exception, match="not as it was read"):
+        await inserting.commit()
+    await world.settled()
+
+    await world.given({1: 7})
+
+    assert await world.balances() == {("account", 1, 1): 7}
+
+
+async def test_a_record_that_was_prepared_by_hand_with_scalardbs_columns_is_recovered(world: World) -> None:
+    """The columns as ScalarDB 3.19 writes them, spelled out: the format on disk is a contract."""
+    columns = {
+        "balance": 99,
+        "note": None,
+        "tx_id": "6c5a9f6c-8a0e-4f0e-9c0b-3d6f5e3a1b2c",
+        "tx_state": 1,
+        "tx_version": 4,
+        "tx_prepared_at": world.clock.now_ms(),
+        "tx_committed_at": None,
+        "before_balance": 10,
+        "before_note": "ten",
+        "before_tx_id": "0f8fad5b-d9cb-469f-a165-70867728950e",
+        "before_tx_state": 3,
+        "before_tx_version": 3,
+        "before_tx_prepared_at": 1_500_000_000_000,
+        "before_tx_committed_at": 1_500_000_000_001,
+    }
+    await world.plain_storage.mutate([Put(transactional(ACCOUNT), key(1), columns, IfNotExists())])
+    world.expire()
+
+    assert await by_get(world.begin()) == row(1, 10, "ten")
+
+    await world.settled()
+    assert await world.stored(1) == {
+        **row(1, 10, "ten"),
+        "tx_id": "0f8fad5b-d9cb-469f-a165-70867728950e",
+        "tx_state": 3,
+        "tx_version": 3,
+        "tx_prepared_at": 1_500_000_000_000,
+        "tx_committed_at": 1_500_000_000_001,
+        **{name: None for name in columns if name.startswith("before_")},
+    }
+    assert await world.state_rows() == {"6c5a9f6c-8a0e-4f0e-9c0b-3d6f5e3a1b2c": ABORTED}
