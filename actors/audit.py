@@ -207,19 +207,17 @@ def _check_orders(books: Books) -> Iterator[str]:
 
 def _check_order_reservations(books: Books, order: Order, agreement: Agreement) -> Iterator[str]:
     name = _name(ORDERS, order)
-    ordered = quantity_by_product(order.lines)
-    reserved: dict[tuple[str, str], int] = {}
-    for category in order.categories:
+    ordered: dict[str, dict[str, int]] = defaultdict(dict)
+    for (category, product_id), quantity in quantity_by_product(order.lines).items():
+        ordered[category][product_id] = quantity
+    for category, quantities in ordered.items():
         reservation = books.reservations.get((category, order.order_id))
         if reservation is None or not reservation.for_order or reservation.customer_id != order.customer_id:
             yield f"{name} has no reservation in {category}"
             continue
-        reserved |= {(category, item.product_id): item.quantity for item in reservation.items}
         if reservation.status is not agreement.reservations:
             yield f"{name} is {order.status}, its reservation in {category} is {reservation.status}"
-        if {product: q for product, q in ordered.items() if product[0] == category} != {
-            product: q for product, q in reserved.items() if product[0] == category
-        }:
+        if quantities != {item.product_id: item.quantity for item in reservation.items}:
             yield f"{name}: its reservation in {category} is of other goods"
 
 
