@@ -20,17 +20,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import structlog
 
-from actors.runtime import ActorLostError, Placement, Runtime
+from actors.runtime import Placement, Runtime
 from infra.failpoints import reach
 from infra.messaging.errors import BrokerUnavailableError, DeliveryFailedError
-from schemas.envelope import OutgoingMessage, RawMessage, build_dead_letter, build_event_message, build_result_message
+from schemas.envelope import OutgoingMessage, build_dead_letter, build_event_message, build_result_message
 from schemas.outcome import DEAD_LETTERED, Answer
 from schemas.topics import commands_topic
+from streams.asking import Patience, ask_until_answered
 from streams.partitions import Partition, Received
 
 log = structlog.get_logger()
@@ -42,16 +42,6 @@ class Producer(Protocol):
     async def send(
         self, topic: str, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, Any]] = ()
     ) -> Awaitable[Any]: ...
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long the processor waits between two tries, and how often it asks a silent actor whether it lives."""
-
-    lost_pause_s: tuple[float, float] = (0.1, 2.0)
-    publish_pause_s: float = 0.5
-    health_every_s: float = 3.0
-    health_within_s: float = 10.0
 
 
 class CommandProcessor:
@@ -66,6 +56,7 @@ class CommandProcessor:
         producer: Producer,
         consumer_group: str,
         patience: Patience | None = None,
+        publish_pause_s: float = 0.5,
         answered: Callable[[str, Answer], None] = lambda domain, answer: None,
     ) -> None:
         self._domain_of: Mapping[str, str] = {commands_topic(domain): domain for domain in domains}
@@ -74,6 +65,7 @@ class CommandProcessor:
         self._producer = producer
         self._consumer_group = consumer_group
         self._patience = patience or Patience()
+        self._publish_pause_s = publish_pause_s
         self._answered = answered
 
     async def work(self, partition: Partition, batch: list[Received], tried: Callable[[], None]) -> None:
@@ -97,7 +89,8 @@ class CommandProcessor:
         answers: list[Answer | None] = [None] * len(batch)
 
         async def ask(actor: str, indexes: list[int]) -> None:
-            replies = await self._ask(actor, [batch[index].raw for index in indexes], tried)
+            messages = [batch[index].raw for index in indexes]
+            replies = await ask_until_answered(self._runtime, actor, "execute", messages, self._patience, tried)
             for index, reply in zip(indexes, replies, strict=True):
                 answers[index] = reply
 
@@ -105,33 +98,6 @@ class CommandProcessor:
             for actor, indexes in by_actor.items():
                 group.create_task(ask(actor, indexes))
         return [answer for answer in answers if answer is not None]
-
-    async def _ask(self, actor: str, messages: list[RawMessage], tried: Callable[[], None]) -> list[Answer]:
-        pause_s, longest_s = self._patience.lost_pause_s
-        while True:
-            asking = asyncio.ensure_future(self._runtime.ask(actor, "execute", messages))
-            try:
-                await self._wait_while_it_lives(actor, asking, tried)
-                return await asking
-            except ActorLostError as error:
-                log.warning("actor_lost", actor=actor, commands=len(messages), again_in_s=pause_s, error=str(error))
-            finally:
-                asking.cancel()
-            await asyncio.sleep(pause_s)
-            tried()
-            pause_s = min(pause_s * 2, longest_s)
-
-    async def _wait_while_it_lives(
-        self, actor: str, asking: asyncio.Future[list[Answer]], tried: Callable[[], None]
-    ) -> None:
-        """Until there is a reply. Each answered question after the actor's health counts as a try (rule 12)."""
-        while not (await asyncio.wait({asking}, timeout=self._patience.health_every_s))[0]:
-            try:
-                async with asyncio.timeout(self._patience.health_within_s):
-                    await self._runtime.ask(actor, "health", [None])
-            except (ActorLostError, TimeoutError):
-                continue
-            tried()
 
     # --- publish ------------------------------------------------------------------------------------------------
 
@@ -175,7 +141,7 @@ class CommandProcessor:
             outgoing = outgoing[confirmed:]
             if failure is not None:
                 log.warning("publishing_again", messages=len(outgoing), error=str(failure))
-                await asyncio.sleep(self._patience.publish_pause_s)
+                await asyncio.sleep(self._publish_pause_s)
                 tried()
 
     async def _send(self, outgoing: list[OutgoingMessage]) -> tuple[int, Exception | None]:

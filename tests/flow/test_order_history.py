@@ -18,7 +18,7 @@ from infra.storage.port import Storage
 from schemas.common import Address
 from schemas.envelope import RawMessage
 from schemas.orders import OrderLine, OrderStatus
-from tests.flow.order_events import goods_returned, message, placed, shipped, summary
+from order_events import goods_returned, message, placed, shipped, summary
 
 LOG = "cluster-1"
 BUCKETS = 16

@@ -1,0 +1,125 @@
+"""Entry point of a stream worker process: `python -m scripts.worker --data DIR --name worker-0 --health-port N`.
+
+What it needs to know beyond its arguments lies in `DIR/run/settings.json`, written by whoever runs the system. Start it with `infra.servers.processes.spawn`, so that it ends with its parent. Exit code 0 after
+SIGTERM; anything else means: start it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import faulthandler
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from infra.config import Settings
+from infra.telemetry import configure_logging, open_metrics
+
+if TYPE_CHECKING:
+    from infra.telemetry import Metrics
+    from streams.app import WorkerObserver, WorkerOptions
+
+EXIT_NOT_STARTED = 1
+
+
+class WorkerSetup(BaseModel):
+    """What a running system tells its workers: the settings, and where its servers turned out to be."""
+
+    model_config = ConfigDict(frozen=True)
+
+    settings: Settings
+    bootstrap_servers: str
+    ray_address: str
+
+
+def worker_options(setup: WorkerSetup, *, name: str, health_port: int) -> WorkerOptions:
+    """The settings in the words of the stream side."""
+    from schemas.registry import DOMAINS
+    from scripts.wiring import system_config
+    from streams.app import WorkerOptions
+    from streams.partitions import Limits
+
+    settings = setup.settings
+    return WorkerOptions(
+        bootstrap_servers=setup.bootstrap_servers,
+        name=name,
+        domains=DOMAINS,
+        placement=system_config(settings).placement,
+        work_dir=settings.data_dir / "run" / "faust",
+        health_port=health_port,
+        max_command_bytes=settings.kafka.max_command_bytes,
+        limits=Limits(batch_messages=settings.batch.max_commands, linger_s=settings.batch.max_wait_ms / 1000),
+        delivery_timeout_ms=settings.kafka.delivery_timeout_ms,
+        stalled_after_s=float(settings.watchdog_seconds),
+    )
+
+
+def worker_observer(metrics: Metrics) -> WorkerObserver:
+    """Counts what the worker tells."""
+    from prometheus_client import REGISTRY, generate_latest
+
+    from schemas.outcome import DEAD_LETTERED, Answer
+    from schemas.topics import dead_letters_topic
+    from streams.app import WorkerObserver
+    from streams.partitions import Partition
+
+    def answered(domain: str, answer: Answer) -> None:
+        if answer.status == DEAD_LETTERED:
+            metrics.dead_letters.labels(topic=dead_letters_topic(domain), reason=answer.reason).inc()
+
+    def lag(partition: Partition, messages: int) -> None:
+        metrics.consumer_lag.labels(topic=partition[0], partition=str(partition[1])).set(messages)
+
+    return WorkerObserver(
+        answered=answered,
+        batch=lambda domain, commands: metrics.batch_size.labels(domain=domain).observe(commands),
+        lag=lag,
+        page=lambda: generate_latest(REGISTRY),
+    )
+
+
+async def _run(setup: WorkerSetup, connect: Callable[[str], object], metrics: Metrics, name: str, port: int) -> None:
+    from streams.app import StreamWorker
+
+    runtime = connect(setup.ray_address)  # blocks for a second or two: nothing else runs yet
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray has put its own in place; Faust puts the right one later
+    options = worker_options(setup, name=name, health_port=port)
+    await StreamWorker(options, runtime, observer=worker_observer(metrics)).run()  # type: ignore[arg-type]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.worker", description="One stream worker of a system.")
+    parser.add_argument("--data", type=Path, required=True, help="data directory of the running system")
+    parser.add_argument("--name", required=True, help="unique among the workers, and the same after a restart")
+    parser.add_argument("--health-port", type=int, default=0, help="port of /healthz, /readyz and /metrics; 0: any")
+    arguments = parser.parse_args()
+    setup = WorkerSetup.model_validate_json((arguments.data / "run" / "settings.json").read_bytes())
+    configure_logging(setup.settings.log_level, process=arguments.name)
+    faulthandler.enable()
+    # Before Ray or Faust are imported: prometheus_client learns only at its first import what is shared.
+    shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    metrics = open_metrics(Path(shared) if shared else setup.settings.data_dir / "metrics")
+    from actors.ray_runtime import connect
+
+    code = 0
+    try:
+        asyncio.run(_run(setup, connect, metrics, arguments.name, arguments.health_port))
+    except Exception:
+        import structlog
+
+        structlog.get_logger().exception("worker_ended")
+        code = EXIT_NOT_STARTED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of Ray and Faust have nothing left to do that anybody waits for.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

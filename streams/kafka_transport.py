@@ -1,0 +1,153 @@
+"""Faust's Kafka consumer with what it gets wrong about offsets taken out of its hands.
+
+Faust 0.15.3 reads, heartbeats and rebalances here; it commits nothing. Its own bookkeeping would lose messages:
+
+- It acknowledges what it skips at a rebalance, and commits over a single missing offset (issue 606). So the topics
+  are declared with `acks=False`, for which Faust records nothing, and `acknowledge` commits exactly what is finished.
+- After a rebalance it goes back to the committed offsets, but leaves partitions without one (or with offset 0) where
+  they are, behind messages that it has just thrown away. `seek_to_committed` seeks every partition.
+- aiokafka reports a membership that is lost for good to whoever polls, and Faust polls past it: `membership_error`.
+
+The consumer lives in a thread with a loop of its own. Every public coroutine here may be awaited in the main loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Mapping
+from typing import Any, TypeVar
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import CommitFailedError
+from aiokafka.structs import OffsetAndMetadata
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP
+
+from streams.partitions import Partition
+
+T = TypeVar("T")
+
+FETCH_MAX_WAIT_MS = 250
+"""How long the broker may keep a fetch without data. A partition that is drained meanwhile waits for its end."""
+
+LOOK_TIMEOUT_MS = 5_000
+
+
+class NotAcknowledgedError(Exception):
+    """The group has rebalanced: what was to be acknowledged belongs to somebody else now, or is read again."""
+
+
+class ConsumerThread(driver.AIOKafkaConsumerThread):
+    """The thread in which aiokafka's consumer lives."""
+
+    logger = driver.logger
+    start_offsets: Mapping[Partition, int] = {}
+
+    def _create_worker_consumer(self, transport: Any) -> AIOKafkaConsumer:
+        consumer = super()._create_worker_consumer(transport)
+        consumer._fetch_max_wait_ms = FETCH_MAX_WAIT_MS  # 1500 in Faust, and no setting
+        return consumer
+
+    async def seek_to_committed(self) -> Mapping[TP, int]:
+        """Go to where the group stands in every assigned partition; to the oldest message where it stands nowhere."""
+        return await self.in_thread(self._seek_to_committed())
+
+    async def _seek_to_committed(self) -> Mapping[TP, int]:
+        consumer = self._ensure_consumer()
+        partitions = sorted(consumer.assignment())
+        committed = dict(zip(partitions, await asyncio.gather(*map(consumer.committed, partitions)), strict=True))
+        fresh = [partition for partition in partitions if committed[partition] is None]
+        starts = {**committed, **(await consumer.beginning_offsets(fresh) if fresh else {})}
+        for partition, offset in starts.items():
+            consumer.seek(partition, offset)
+        offsets = {TP(partition.topic, partition.partition): offset for partition, offset in starts.items()}
+        self.start_offsets = offsets
+        return offsets
+
+    async def acknowledge(self, offsets: Mapping[Partition, int]) -> None:
+        consumer = self._ensure_consumer()
+        held = consumer.assignment()
+        wanted = {TopicPartition(*partition): OffsetAndMetadata(offset, "") for partition, offset in offsets.items()}
+        if not wanted.keys() <= held:
+            raise NotAcknowledgedError(f"no longer assigned: {sorted(wanted.keys() - held)}")
+        try:
+            await consumer.commit(wanted)
+        except CommitFailedError as error:
+            raise NotAcknowledgedError(str(error)) from error
+
+    async def end_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        ends = await self._ensure_consumer().end_offsets([TopicPartition(*partition) for partition in partitions])
+        return {(partition.topic, partition.partition): offset for partition, offset in ends.items()}
+
+    def membership_error(self) -> BaseException | None:
+        coordinator = self._ensure_consumer()._coordinator
+        if coordinator._coordination_task.done():
+            return RuntimeError("the group coordination has ended")
+        error: BaseException | None = coordinator._pending_exception
+        return error
+
+    async def in_thread(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` in the consumer's loop. Not through Faust's own queue, whose two workers may both be waiting."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.thread_loop))
+
+
+class Consumer(driver.Consumer):
+    """What the rest of `streams` asks of Kafka's client."""
+
+    logger = driver.logger
+    _thread: ConsumerThread
+
+    def _new_consumer_thread(self) -> ConsumerThread:
+        return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
+
+    async def acknowledge(self, offsets: Mapping[Partition, int]) -> None:
+        """Commit, for the group, that everything before these offsets is finished.
+
+        Waits for a broker that does not answer. Raises NotAcknowledgedError and aiokafka's errors.
+        """
+        await self._thread.in_thread(self._thread.acknowledge(offsets))
+
+    async def end_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        """The offset that each partition's next message will have, as the broker says now."""
+        return await self._thread.in_thread(self._thread.end_offsets(list(partitions)))
+
+    def membership_error(self) -> BaseException | None:
+        """Why this process will get no messages any more; None while it is a member of the group or becomes one."""
+        return self._thread.membership_error()
+
+    def start_of(self, partition: Partition) -> int | None:
+        """Where reading began after the last rebalance."""
+        return self._thread.start_offsets.get(partition)
+
+    def pause(self, partition: Partition) -> None:
+        self.on_buffer_full(TP(*partition))
+
+    def resume(self, partition: Partition) -> None:
+        self.on_buffer_drop(TP(*partition))
+
+
+class Transport(driver.Transport):
+    """Faust's Kafka transport with the consumer above."""
+
+    Consumer = Consumer
+
+
+async def first_offset(bootstrap_servers: str, partition: Partition, offset: int) -> int | None:
+    """The offset of the first message at or after `offset`, as a consumer of its own finds it; None at the end."""
+    wanted = TopicPartition(*partition)
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=bootstrap_servers, group_id=None, enable_auto_commit=False, auto_offset_reset="earliest"
+    )
+    await consumer.start()
+    try:
+        consumer.assign([wanted])
+        start = (await consumer.beginning_offsets([wanted]))[wanted]
+        end = (await consumer.end_offsets([wanted]))[wanted]
+        consumer.seek(wanted, max(offset, start))
+        while await consumer.position(wanted) < end:
+            fetched = await consumer.getmany(timeout_ms=LOOK_TIMEOUT_MS, max_records=1)
+            for records in fetched.values():
+                return records[0].offset if records[0].offset < end else None
+        return None
+    finally:
+        await consumer.stop()
