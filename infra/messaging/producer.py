@@ -27,6 +27,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
     KafkaConnectionError,
     KafkaError,
+    KafkaTimeoutError,
     MessageSizeTooLargeError,
     TopicAuthorizationFailedError,
 )
@@ -178,15 +179,14 @@ class _Generation:
     ) -> asyncio.Future[Delivery]:
         if topic not in self._known_topics:
             await self._find_topic(topic)
-        try:
-            async with asyncio.timeout(self._delivery_timeout_s):
-                if key is None and value is None:
-                    inner = await self._send_nothing(topic, headers)
-                else:
-                    inner = await self._inner.send(topic, value=value, key=key, headers=list(headers))
+        try:  # bounded by the inner producer's own request timeout; one of ours for each message would double the cost
+            if key is None and value is None:
+                inner = await self._send_nothing(topic, headers)
+            else:
+                inner = await self._inner.send(topic, value=value, key=key, headers=list(headers))
         except MessageSizeTooLargeError as error:  # found before sending: the others are not affected
             raise MessageTooLargeError(topic, _size(key, value, headers), self._max_request_bytes) from error
-        except (KafkaError, TimeoutError) as error:
+        except KafkaError as error:
             self._fail(self._translate(error, topic, key, value, headers))
             assert self.failure is not None
             raise self.failure from error
@@ -213,6 +213,7 @@ class _Generation:
         if self.failure is not None:  # another task's message failed while this one was handed over
             outer.set_exception(_for_the_others(self.failure))
             return outer
+        self._forget_settled()  # now rather than by the timer: a minute of kept futures is what the collector walks
         self._outstanding.append((time.monotonic() + self._delivery_timeout_s, outer))
         if self._timer is None:
             self._timer = loop.call_later(self._delivery_timeout_s, self._look_for_overdue)
@@ -250,7 +251,7 @@ class _Generation:
         match error:
             case MessageSizeTooLargeError():
                 return MessageTooLargeError(topic, _size(key, value, headers))
-            case KafkaConnectionError() | TimeoutError():
+            case KafkaConnectionError() | KafkaTimeoutError():
                 return BrokerUnavailableError(self._bootstrap_servers, str(error))
             case TopicAuthorizationFailedError():
                 return DeliveryFailedError(f"Kafka does not allow writing to {topic}.")
