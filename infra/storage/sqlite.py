@@ -273,6 +273,7 @@ class _NamespaceFile:
         self._writer: sqlite3.Connection | None = None
         self._waiting: deque[_Batch] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._shift: object = None  # whose turn it is to write: one for each run of the task
         self._is_suspect = False  # the writing connection was left in the middle of something
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"sqlite-{path.stem}")
 
@@ -321,17 +322,18 @@ class _NamespaceFile:
     async def write(self, writes: list[tuple[Write, list[Parameters]]], row_count: int) -> None:
         """Wait until the group that holds these writes is committed, or raise what became of them."""
         loop = asyncio.get_running_loop()
+        self._leave_closed_loop()
         if self._task is not None and self._task.get_loop() is not loop:
-            if not self._task.get_loop().is_closed():
-                raise InvalidOperationError(f"{self.path.name} is being written from another event loop")
-            self._abandon()
+            raise InvalidOperationError(f"{self.path.name} is being written from another event loop")
         batch = _Batch(writes, row_count, loop.create_future())
         self._waiting.append(batch)
         if self._task is None:
-            self._task = loop.create_task(self._write_groups())
+            self._shift = object()
+            self._task = loop.create_task(self._write_groups(self._shift))
         await batch.answer
 
     async def close(self) -> None:
+        self._leave_closed_loop()
         if self._task is not None:
             await asyncio.wait([self._task])
         self._drop_reader()
@@ -339,14 +341,16 @@ class _NamespaceFile:
         await self.in_thread(self._drop_writer)
         self._thread.shutdown(wait=False)
 
-    async def _write_groups(self) -> None:
+    async def _write_groups(self, shift: object) -> None:
         try:
             while self._waiting:
                 await self._write_group()
             self._task = None
         except BaseException:
-            # The loop is going away, or there is a mistake in this file: nobody must wait for ever.
-            self._abandon()
+            # The loop is going away, or there is a mistake in this file: nobody must wait for ever. A task that a
+            # closed loop left behind ends when it is collected; by then another may be at work.
+            if self._shift is shift:
+                self._abandon()
             raise
 
     async def _write_group(self) -> None:
@@ -432,9 +436,13 @@ class _NamespaceFile:
             self._writer.close()
             self._writer = None
 
+    def _leave_closed_loop(self) -> None:
+        if self._task is not None and self._task.get_loop().is_closed():
+            self._abandon()
+
     def _abandon(self) -> None:
         """Let go of the file in whatever state it is; the thread may still be at work in it."""
-        self._task = None
+        self._task = self._shift = None
         self._is_suspect = True
         self._thread.submit(self._drop_writer)
         for batch in self._waiting:
@@ -536,7 +544,7 @@ def _is_new(path: Path, objects: int, application_id: int, version: int) -> bool
         if version != FORMAT_VERSION:
             raise UnavailableStorageError(
                 f"{path} has format {version}, this program reads {FORMAT_VERSION}",
-                remedy="run the version of the program that wrote it, or use another directory",
+                remedy=f"run the version of the program that wrote {path}, or use another directory",
             )
         return False
     if application_id or objects:
