@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
+from infra.storage.errors import InvalidOperationError
 from infra.storage.operations import Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
 from infra.storage.port import Storage, atomic_unit
 
@@ -58,7 +59,12 @@ class PartitionGate:
             return
         # A batch of two units is the storage's to refuse; until then it queues for the first.
         unit = atomic_unit(self._storage.info.atomicity, mutations[0].table, mutations[0].key)
-        turnstile = self._turnstiles.setdefault(unit, _Turnstile())
+        try:
+            turnstile = self._turnstiles.setdefault(unit, _Turnstile())
+        except TypeError as error:
+            raise InvalidOperationError(
+                f"{mutations[0].table.full_name}: a key holds plain values ({error})"
+            ) from error
         turnstile.users += 1
         try:
             async with turnstile.lock:

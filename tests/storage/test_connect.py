@@ -1,0 +1,81 @@
+"""A URL names the storage; adapters are loaded only when named."""
+
+# ruff: noqa: ASYNC240 - nothing else runs on the loop while a test looks at its files
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infra.storage.connect import connect
+from infra.storage.errors import InvalidOperationError
+from infra.storage.operations import Atomicity, DataType, Key, Put, TableSchema
+
+COUNTERS = TableSchema("shop", "counters", {"id": DataType.TEXT, "value": DataType.BIGINT}, ("id",))
+
+
+@pytest.mark.parametrize("name", ["data", "with space", "100%", "don\u2019t", "a#b?c=d;e&f"])
+async def test_a_sqlite_url_names_a_directory(tmp_path: Path, name: str):
+    url = (tmp_path / name).as_uri().replace("file:", "sqlite:")
+    storage = connect(url)
+    assert not list(tmp_path.iterdir())
+
+    await storage.create_table(COUNTERS)
+    await storage.mutate([Put(COUNTERS, Key(("a",)), {"value": 1})])
+    await storage.close()
+
+    again = connect(url)
+    assert await again.get(COUNTERS, Key(("a",))) == {"id": "a", "value": 1}
+    await again.close()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert again.info.atomicity is Atomicity.NAMESPACE
+
+
+async def test_a_memory_url_names_a_storage_of_its_own():
+    one, other = connect("memory:"), connect("memory:")
+    await one.create_table(COUNTERS)
+
+    assert one.info.name == "memory"
+    assert await other.tables() == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "/var/data",
+        "data",
+        "postgres://host/db",
+        "sqlite:",
+        "sqlite:data",
+        "sqlite://data",
+        "sqlite://host/data",
+        "sqlite:///data?mode=ro",
+        "sqlite:///data#x",
+        "sqlite:///a%00b",
+        "memory:x",
+        "memory://host",
+        "http://[",
+    ],
+)
+def test_a_url_that_names_no_storage_is_refused_with_the_forms_that_do(url: str):
+    with pytest.raises(InvalidOperationError) as caught:
+        connect(url)
+
+    assert "memory:" in str(caught.value) or "NUL" in str(caught.value)
+
+
+def test_no_adapter_is_loaded_before_it_is_named():
+    program = (
+        "import sys, infra.storage.connect\n"
+        "print([name for name in sys.modules if name.endswith(('storage.sqlite', 'storage.memory', 'sqlite3'))])"
+    )
+    root = Path(__file__).parents[2]
+    output = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
+
+    assert output.strip() == "[]"
