@@ -64,6 +64,9 @@ async def commit(
             await asyncio.wait([side_work])
         await _abort(tx_id, writers, states)
         raise
+    finally:  # Of use only to a commit that was cancelled; its records are left to recovery.
+        if side_work is not None:
+            side_work.cancel()
 
     committed_at_ms = clock.now_ms()
     try:

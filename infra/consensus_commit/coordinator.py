@@ -170,13 +170,17 @@ class CoordinatorStates:
         """
         cutoff_ms = self._clock.now_ms() - older_than_ms
         tx_ids = [cast(str, partition[0]) for partition in await self._storage.partitions(self.table)]
-        states = [state for tx_id in tx_ids if (state := await self.get_state(tx_id)) is not None]
+        old: list[StateRow] = []
+        for number, tx_id in enumerate(tx_ids):
+            state = await self.get_state(tx_id)
+            if state is not None and state.created_at_ms < cutoff_ms:
+                old.append(state)
+            if number % 100 == 0:
+                await asyncio.sleep(0)  # A storage in this process may answer without ever giving way.
         intent_of = {intent.tx_id: intent for intent in await intents.all()}
         committed = aborted = 0
         forgotten: list[Intent] = []
-        for state in states:
-            if state.created_at_ms >= cutoff_ms:
-                continue
+        for state in old:
             intent = intent_of.get(state.tx_id)
             if state.state is TransactionState.COMMITTED:
                 if intent is None and records_intent(state.tx_id):

@@ -152,7 +152,9 @@ def before_image(layout: Layout, row: Mapping[str, Value]) -> Row | None:
     if row[BEFORE_TX_ID] is None and row[BEFORE_TX_VERSION] is None:
         return None
     state = row[BEFORE_TX_STATE]
-    assert state is None or state == TransactionState.COMMITTED, f"a before-image in state {state!r} was never committed"
+    assert state is None or state == TransactionState.COMMITTED, (
+        f"a before-image in state {state!r} was never committed"
+    )
     record = {name: row[name] for name in layout.stored.key_columns}
     record.update((name, row[before]) for before, name in layout.before_pairs)
     if row[BEFORE_TX_ID] is None:

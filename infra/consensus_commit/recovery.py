@@ -209,7 +209,6 @@ class RecoveryHandler:
                 self._first_seen_s.pop(next(iter(self._first_seen_s)))
             self._first_seen_s[seen] = now_s
         elif (now_s - first_seen_s) * 1000 > self._lifetime_ms:
-            del self._first_seen_s[seen]
             return
         raise UncommittedRecordError(f"{layout.full_name} {key} belongs to transaction {tx_id}, still under way", tx_id)
 

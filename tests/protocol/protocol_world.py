@@ -100,7 +100,7 @@ class World:
             tx_id or self.clock.new_id(),
             isolation=isolation,
             storage=storage or self.plain_storage,
-            recovery=self.process().recovery,
+            recovery=self.process(storage).recovery,
             clock=self.clock,
         )
 

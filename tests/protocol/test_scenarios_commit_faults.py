@@ -473,6 +473,68 @@ async def test_scenario_56_rolling_back_touches_only_the_own_records(world: Worl
     assert await world.in_doubt() == 0
 
 
+@pytest.mark.parametrize("decided", [COMMITTED, ABORTED])
+async def test_scenario_56_settling_late_leaves_alone_what_another_has_prepared_meanwhile(
+    world: World, decided: object
+) -> None:
+    """The record is PREPARED, as this transaction left it, but it is not this transaction's any more."""
+    await world.given({1: 10})
+    late = world.participant(isolation=Isolation.SNAPSHOT)
+    await late.update(ACCOUNT, key(1), {"balance": 11})
+    await late.prepare_records(world.clock.now_ms())
+    if decided is COMMITTED:
+        await world.states.commit_state(late.tx_id, world.clock.now_ms())
+    else:
+        await world.states.abort_state(late.tx_id)
+    await world.manager.recovery.recover_record(ACCOUNT, key(1))
+    await world.orphan(lambda other: other.update(ACCOUNT, key(1), {"balance": 50}))
+    before = await world.stored(1)
+
+    settled = await (late.commit_records(world.clock.now_ms()) if decided is COMMITTED else late.rollback_records())
+
+    assert settled
+    assert await world.stored(1) == before
+
+
+async def test_scenario_56_a_reader_that_recovers_late_leaves_alone_what_another_has_prepared_meanwhile(
+    world: World,
+) -> None:
+    await world.given({1: 10})
+    await world.orphan(lambda dead: dead.update(ACCOUNT, key(1), {"balance": 11}), COMMITTED)
+    remains: list[object] = []
+
+    async def others_are_faster() -> None:
+        await world.process().recovery.recover_record(ACCOUNT, key(1))
+        await world.orphan(lambda other: other.update(ACCOUNT, key(1), {"balance": 50}))
+        remains.append(await world.stored(1))
+
+    world.storage.visit_before(writes_to(STORED_ACCOUNT), others_are_faster)
+    assert await world.begin().get(ACCOUNT, key(1)) == row(1, 11)
+    await world.settled()
+
+    assert [await world.stored(1)] == remains
+
+
+async def test_scenario_56_a_rollback_restores_what_was_committed_though_it_still_said_prepared(world: World) -> None:
+    """Prepared over a record whose roll-forward was not served: its before-image is the decided after-image."""
+    await world.given({1: 10})
+    earlier = await world.orphan(lambda dead: dead.update(ACCOUNT, key(1), {"balance": 20}), COMMITTED)
+    participant = world.participant(storage=world.storage)
+    world.storage.fail(Kind.UNAVAILABLE, writes_to(STORED_ACCOUNT))
+    await participant.update(ACCOUNT, key(1), {"balance": 21})
+    state = await world.state(earlier)
+    assert state is not None
+    await participant.prepare_records(world.clock.now_ms())
+    await world.states.abort_state(participant.tx_id)
+
+    assert await participant.rollback_records()
+
+    stored = await world.stored(1)
+    assert stored is not None
+    assert (stored["balance"], stored["tx_id"], stored["tx_state"], stored["tx_version"]) == (20, earlier, 3, 2)
+    assert stored["tx_committed_at"] == state.created_at_ms
+
+
 async def test_scenario_56_a_rollback_before_preparing_does_nothing_in_storage(world: World) -> None:
     participant = world.participant(storage=world.storage)
     await participant.insert(ACCOUNT, key(1), {"balance": 1})

@@ -16,7 +16,7 @@ from infra.consensus_commit.errors import CrudConflictError, UncommittedRecordEr
 from infra.consensus_commit.metadata import BEFORE, transactional
 from infra.consensus_commit.states import Isolation
 from infra.consensus_commit.transaction import Transaction
-from infra.storage.operations import IfNotExists, Put, Row
+from infra.storage.operations import Delete, IfNotExists, Key, Put, Row
 
 Read = Callable[[Transaction], Awaitable[Row | None]]
 
@@ -261,6 +261,32 @@ async def test_scenario_16_a_record_that_another_has_written_meanwhile_is_resolv
     world.storage.visit_before(second_look(world), another_recovers_and_prepares)
 
     assert await read(world.begin()) == row(1, 50)
+
+
+@pytest.mark.parametrize("instant", ["before the reader looks again", "before the reader aborts"])
+async def test_scenario_16_a_transaction_that_was_committed_settled_and_forgotten_meanwhile_stays_committed(
+    world: World, instant: str
+) -> None:
+    """No state row any more is not the same as none yet: only the record tells."""
+    await world.given({1: 10})
+    slow = world.participant()
+    await slow.upsert(ACCOUNT, key(1), {"balance": 99})
+    await slow.prepare_records(world.clock.now_ms())
+    world.expire()
+
+    async def commit_settle_and_forget() -> None:
+        states = world.process().states
+        await states.commit_state(slow.tx_id, world.clock.now_ms())
+        await slow.validate_records()
+        assert await slow.commit_records(world.clock.now_ms())
+        await world.plain_storage.mutate([Delete(states.table, Key((slow.tx_id,)))])
+
+    looks_again = instant == "before the reader looks again"
+    moment = second_look(world) if looks_again else writes_to(world.states.table)
+    world.storage.visit_before(moment, commit_settle_and_forget)
+
+    assert await by_get(world.begin()) == row(1, 99)
+    assert await world.state_rows() == ({} if looks_again else {slow.tx_id: ABORTED}), "nobody is aborted for nothing"
 
 
 @each_read
