@@ -82,7 +82,7 @@ SERVER_PROPERTIES: Mapping[str, str] = {
     "share.coordinator.state.topic.min.isr": "1",
     # Topics are declared; a mistyped one must fail.
     "auto.create.topics.enable": "false",
-    "message.max.bytes": str(MESSAGE_MAX_BYTES),
+    "message.max.bytes": str(MESSAGE_MAX_BYTES),  # unless LocalKafka is told otherwise
     "replica.fetch.max.bytes": str(MESSAGE_MAX_BYTES),
     # Faust brings its own assignor over the classic protocol.
     "group.coordinator.rebalance.protocols": "classic,consumer",
@@ -189,6 +189,7 @@ class LocalKafka:
         controller_port: int | None = None,
         heap_mb: int = 512,
         *,
+        message_max_bytes: int = MESSAGE_MAX_BYTES,
         cache_dir: Path | None = None,
         min_free_mb: int = 256,
         lock_wait_s: float = 5.0,
@@ -197,6 +198,7 @@ class LocalKafka:
         self._directory = directory.absolute()
         self._wanted = _Ports(port or 0, controller_port or 0)
         self._heap_mb = heap_mb
+        self._message_max_bytes = message_max_bytes
         self._cache_dir = cache_dir
         self._min_free_mb = min_free_mb
         self._lock_wait_s = lock_wait_s
@@ -297,11 +299,7 @@ class LocalKafka:
             probe.unlink()
             free_mb = shutil.disk_usage(self._directory).free // (1024 * 1024)
         except OSError as error:
-            raise DirectoryError(
-                f"Kafka's directory {self._directory} cannot be written: {error.strerror or error}.",
-                remedy=f"Make it writable, or choose another with {DIRECTORY_SETTING}.",
-                setting=DIRECTORY_SETTING,
-            ) from error
+            raise self._not_writable(error) from error
         if free_mb < self._min_free_mb:
             raise DirectoryError(
                 f"Kafka's directory {self._directory} has {free_mb} MB left and needs {self._min_free_mb} MB.",
@@ -311,8 +309,10 @@ class LocalKafka:
 
     async def _take_lock(self) -> None:
         """Hold the directory. A node whose parent was just killed gets a moment to die first."""
-        path = self._directory / ".lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(self._directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise self._not_writable(error) from error
         deadline = asyncio.get_running_loop().time() + self._lock_wait_s
         while True:
             try:
@@ -349,9 +349,8 @@ class LocalKafka:
                 await self._kill()
                 (self._directory / "ports.json").unlink(missing_ok=True)
                 continue
-            (self._directory / "ports.json").write_text(
-                json.dumps({"broker": self._ports.broker, "controller": self._ports.controller})
-            )
+            ports = {"broker": self._ports.broker, "controller": self._ports.controller}
+            self._write("ports.json", json.dumps(ports))
             return
 
     def _write_configuration(self, ports: _Ports) -> None:
@@ -361,10 +360,12 @@ class LocalKafka:
             "listeners": f"BROKER://{HOST}:{ports.broker},CONTROLLER://{HOST}:{ports.controller}",
             "advertised.listeners": f"BROKER://{HOST}:{ports.broker}",
             "log.dirs": str(self._directory / "data"),
+            "message.max.bytes": str(self._message_max_bytes),
+            "replica.fetch.max.bytes": str(self._message_max_bytes),
         }
         lines = [f"{name}={_escaped(value)}\n" for name, value in properties.items()]
-        (self._directory / "server.properties").write_text("".join(lines))
-        (self._directory / "log4j2.properties").write_text(_LOG4J2_PROPERTIES.format(log=_escaped(str(self.log_path))))
+        self._write("server.properties", "".join(lines))
+        self._write("log4j2.properties", _LOG4J2_PROPERTIES.format(log=_escaped(str(self.log_path))))
 
     def _format_once(self, java: JavaRuntime, archives: str) -> None:
         """Give the data directory its identity. `meta.properties` is written last, so its presence says it is whole.
@@ -411,6 +412,19 @@ class LocalKafka:
     @property
     def _log4j2_option(self) -> str:
         return f"-Dlog4j2.configurationFile={self._directory / 'log4j2.properties'}"
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            (self._directory / name).write_text(text)
+        except OSError as error:
+            raise self._not_writable(error) from error
+
+    def _not_writable(self, error: OSError) -> DirectoryError:
+        return DirectoryError(
+            f"Kafka's directory {self._directory} cannot be written: {error.strerror or error}.",
+            remedy=f"Make room or permission there, or choose another with {DIRECTORY_SETTING}.",
+            setting=DIRECTORY_SETTING,
+        )
 
     # Ends.
 
