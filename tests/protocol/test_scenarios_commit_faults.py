@@ -21,7 +21,7 @@ from infra.consensus_commit.metadata import transactional
 from infra.consensus_commit.states import Isolation
 from infra.consensus_commit.transaction import Transaction
 from infra.storage.errors import StorageError, UnavailableStorageError
-from infra.storage.operations import Atomicity, Delete, If, Put
+from infra.storage.operations import Atomicity, Delete, If, Key, Put
 
 STORED_ACCOUNT = transactional(ACCOUNT)
 STORED_STOCK = transactional(STOCK)
@@ -124,6 +124,37 @@ async def test_scenario_48_a_reader_that_finds_it_expired_may_be_the_one_who_abo
 
     assert await world.balances() == BEFORE_MOVE
     assert await world.in_doubt() == 0
+
+
+async def test_scenario_48_a_transaction_whose_abort_has_been_forgotten_meanwhile_is_aborted_all_the_same(
+    world: World, moving: Transaction
+) -> None:
+    """Its put was refused, so there was a row; that it cannot be read any more does not make it COMMITTED."""
+    states = world.process().states
+
+    async def forget() -> None:
+        await world.plain_storage.mutate([Delete(states.table, Key((moving.tx_id,)))])
+
+    world.storage.visit_before(state_writes(world), lambda: states.abort_state(moving.tx_id))
+    world.storage.visit_before(reads_of(states.table), forget)
+
+    with pytest.raises(CommitConflictError):
+        await moving.commit()
+
+    assert await world.balances() == BEFORE_MOVE
+
+
+async def test_scenario_48_whoever_aborts_decides_again_if_the_decision_is_forgotten_meanwhile(world: World) -> None:
+    states = world.process().states
+
+    async def forget() -> None:
+        await world.plain_storage.mutate([Delete(states.table, Key(("t1",)))])
+
+    await states.abort_state("t1")
+    world.storage.visit_before(reads_of(states.table), forget)
+
+    assert (await world.states.abort_state("t1")).state is ABORTED
+    assert await world.state_rows() == {"t1": ABORTED}
 
 
 @pytest.mark.parametrize("kind", [Kind.LOST, Kind.UNANSWERED])
