@@ -25,12 +25,14 @@ EXPECTED: Mapping[str, ExitCode] = {
     "infra.servers.errors.DirectoryError": ExitCode.USAGE,
     "infra.servers.errors.AlreadyRunningError": ExitCode.USAGE,
     "infra.servers.errors.ServerError": ExitCode.FAILED,
+    "infra.storage.errors.InvalidOperationError": ExitCode.USAGE,
     "infra.storage.errors.UnavailableStorageError": ExitCode.UNREACHABLE,
-    "aiokafka.errors.KafkaConnectionError": ExitCode.UNREACHABLE,
-    "aiokafka.errors.KafkaTimeoutError": ExitCode.UNREACHABLE,
-    "aiokafka.errors.RequestTimedOutError": ExitCode.UNREACHABLE,
-    "builtins.PermissionError": ExitCode.FAILED,
-    "builtins.FileNotFoundError": ExitCode.USAGE,
+    "infra.messaging.errors.MessageTooLargeError": ExitCode.USAGE,
+    "infra.messaging.errors.UnknownTopicError": ExitCode.USAGE,
+    "infra.messaging.errors.MessagingError": ExitCode.UNREACHABLE,
+    "scripts.reading.StillInDoubtError": ExitCode.UNREACHABLE,
+    "scripts.up.StartFailedError": ExitCode.FAILED,
+    "builtins.OSError": ExitCode.FAILED,
 }
 
 
@@ -43,7 +45,7 @@ def expected(error: BaseException) -> tuple[str, ExitCode] | None:
         if code is not None:
             remedy = getattr(error, "remedy", "")
             text = str(error) or kind.__name__
-            return (text if remedy in text else f"{text} {remedy}"), code
+            return (text if remedy in text else f"{text}: {remedy}"), code
     if isinstance(error, ExceptionGroup):
         found = [pair for pair in map(expected, error.exceptions) if pair is not None]
         return found[0] if len(found) == len(error.exceptions) else None

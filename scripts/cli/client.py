@@ -1,0 +1,300 @@
+"""A client of the command topics: publishes commands and waits for their answers, through restarts of the system.
+
+Theory of operation. Answers are read from the results topics outside of any consumer group, from the position that
+they had before the first command was published, so no answer can be missed. An answer belongs to a command by its id
+and the digest of its payload; what has no readable id is answered under the place where the broker stored it.
+
+A command counts as published when the broker has confirmed it. When a delivery fails, everything that is not
+confirmed is published again, in the order of submission. That may store a command twice, which is harmless: a command
+that was carried out is answered with its first answer. So per key the first occurrences stay in order, and whatever
+is killed in between, nothing has to be sent again by hand. After a restart Kafka may have another address: it is
+asked for (`find_bootstrap`) before each new attempt.
+
+Latency is measured from `submit`, when the command is handed over, to its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+from pydantic import ValidationError
+
+from infra.messaging.errors import BrokerUnavailableError, DeliveryFailedError, MessagingError, UnknownTopicError
+from infra.messaging.producer import Delivery, EventProducer
+from schemas.envelope import OutgoingMessage, RawMessage, derived_id
+from schemas.outcome import Answer
+from schemas.topics import results_topic
+
+_POLL_MS = 100
+_PAUSE_S = 0.5
+_DELIVERY_TIMEOUT_MS = 10_000
+
+
+@dataclass(eq=False)
+class Submitted:
+    """One command on its way. `answer` resolves with its answer, or fails with what makes it impossible to send."""
+
+    number: int
+    message: OutgoingMessage
+    id: str | None
+    digest: str | None
+    submitted_at_s: float
+    answer: asyncio.Future[Answer]
+    delivered: asyncio.Future[Delivery]
+    answered_at_s: float = 0.0
+    sent: bool = field(default=False, repr=False)
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds from submission to the answer; only once there is one."""
+        return self.answered_at_s - self.submitted_at_s
+
+
+class CommandClient:
+    """Use as an async context manager. `domains` are those whose answers are waited for; none: nobody waits.
+
+    Entering raises BrokerUnavailableError and UnknownTopicError; afterwards an absent broker is waited for.
+    """
+
+    def __init__(self, find_bootstrap: Callable[[], str], domains: Sequence[str]) -> None:
+        self._find_bootstrap = find_bootstrap
+        self._topics = [results_topic(domain) for domain in domains]
+        self._bootstrap = ""
+        self._producer: EventProducer | None = None
+        self._consumer: AIOKafkaConsumer | None = None
+        self._positions: dict[TopicPartition, int] = {}
+        self._waiting: dict[tuple[str, str | None], list[Submitted]] = {}
+        self._unconfirmed: dict[int, Submitted] = {}
+        self._submitted = 0
+        self._to_send = asyncio.Event()
+        self._failed = False
+        self._connecting = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> CommandClient:
+        try:
+            await self._connect(self._find_bootstrap())
+        except BaseException:
+            await self._disconnect()
+            raise
+        self._tasks = [asyncio.create_task(self._keep_sending())]
+        if self._consumer is not None:
+            self._tasks.append(asyncio.create_task(self._keep_reading()))
+        for task in self._tasks:
+            task.add_done_callback(self._on_end)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._disconnect()
+
+    def submit(self, message: OutgoingMessage, *, id: str | None, digest: str | None) -> Submitted:
+        """Hand a command over. Commands are published in the order of submission.
+
+        `id` None: it has no readable one. `digest` (see `payload_digest`) None: any answer under the id will do.
+        """
+        loop = asyncio.get_running_loop()
+        self._submitted += 1
+        submitted = Submitted(
+            self._submitted, message, id, digest, time.monotonic(), loop.create_future(), loop.create_future()
+        )
+        if id is not None:
+            self._expect(submitted, id)
+        self._unconfirmed[submitted.number] = submitted
+        self._to_send.set()
+        return submitted
+
+    def forget(self, submitted: Submitted) -> None:
+        """Nobody waits for this answer any more."""
+        submitted.answer.cancel()
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        """A task that broke would leave everybody waiting."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            waiting = [submitted for group in self._waiting.values() for submitted in group]
+            for submitted in (*waiting, *list(self._unconfirmed.values())):
+                self._give_up(submitted, error)
+
+    def _expect(self, submitted: Submitted, id: str) -> None:
+        self._waiting.setdefault((id, submitted.digest), []).append(submitted)
+
+    # --- publishing -----------------------------------------------------------------------------------------------
+
+    async def _keep_sending(self) -> None:
+        while True:
+            await self._to_send.wait()
+            self._to_send.clear()
+            if self._failed:
+                self._failed = False
+                await asyncio.sleep(_PAUSE_S)
+                for submitted in self._unconfirmed.values():
+                    submitted.sent = False
+            try:
+                async with self._connecting:
+                    await self._send_unsent()
+            except (BrokerUnavailableError, DeliveryFailedError):
+                self._send_again()
+                await self._follow_the_broker()
+
+    async def _send_unsent(self) -> None:
+        assert self._producer is not None
+        for submitted in [each for each in self._unconfirmed.values() if not each.sent]:
+            message = submitted.message
+            headers = [(name, value or b"") for name, value in message.headers]
+            try:
+                delivery = await self._producer.send(message.topic, message.key, message.value, headers)
+            except (BrokerUnavailableError, DeliveryFailedError):
+                raise
+            except MessagingError as error:  # of this message alone
+                self._give_up(submitted, error)
+                continue
+            submitted.sent = True
+            delivery.add_done_callback(lambda done, submitted=submitted: self._on_delivery(submitted, done))
+            if self._failed:
+                return
+
+    def _on_delivery(self, submitted: Submitted, done: asyncio.Future[Delivery]) -> None:
+        if done.cancelled():
+            return
+        error = done.exception()
+        if error is None:
+            self._unconfirmed.pop(submitted.number, None)
+            if not submitted.delivered.done():
+                submitted.delivered.set_result(done.result())
+            if submitted.id is None:
+                place = done.result()
+                raw = RawMessage(place.topic, place.partition, place.offset, 0, None, (), None)
+                self._expect(submitted, derived_id(raw))
+        elif isinstance(error, BrokerUnavailableError | DeliveryFailedError):
+            self._send_again()
+        else:
+            self._give_up(submitted, error)
+
+    def _send_again(self) -> None:
+        self._failed = True
+        self._to_send.set()
+
+    def _give_up(self, submitted: Submitted, error: BaseException) -> None:
+        self._unconfirmed.pop(submitted.number, None)
+        for future in (submitted.answer, submitted.delivered):
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # looked at or not, it is no news for the log
+
+    # --- answers --------------------------------------------------------------------------------------------------
+
+    async def _keep_reading(self) -> None:
+        while True:
+            assert self._consumer is not None
+            try:
+                fetched = await self._consumer.getmany(timeout_ms=_POLL_MS)
+            except KafkaError:
+                await asyncio.sleep(_PAUSE_S)
+                await self._follow_the_broker()
+                continue
+            now_s = time.monotonic()
+            for partition, records in fetched.items():
+                for record in records:
+                    self._on_result(record.value, now_s)
+                    self._positions[partition] = record.offset + 1
+            if not fetched and self._new_address() is not None:
+                await self._follow_the_broker()
+
+    def _on_result(self, value: bytes | None, now_s: float) -> None:
+        try:
+            answer = Answer.from_json(value or b"")
+        except ValidationError:
+            return  # not one of ours
+        for key in ((answer.id, answer.digest), (answer.id, None)):
+            for submitted in self._waiting.pop(key, ()):
+                submitted.answered_at_s = now_s
+                if not submitted.answer.done():
+                    submitted.answer.set_result(answer)
+
+    # --- connections ----------------------------------------------------------------------------------------------
+
+    def _new_address(self) -> str | None:
+        """Kafka's address if it has another one by now. A system that is just being restarted has none."""
+        with suppress(Exception):
+            found = self._find_bootstrap()
+            return found if found != self._bootstrap else None
+        return None
+
+    async def _follow_the_broker(self) -> None:
+        """Connect anew if Kafka has another address by now."""
+        async with self._connecting:
+            address = self._new_address()
+            if address is None:
+                return
+            await self._disconnect()
+            while True:
+                try:
+                    await self._connect(address)
+                except (MessagingError, KafkaError):
+                    await self._disconnect()
+                    await asyncio.sleep(_PAUSE_S)
+                    address = self._new_address() or address
+                else:
+                    break
+            self._send_again()
+
+    async def _connect(self, address: str) -> None:
+        self._bootstrap = address
+        self._producer = EventProducer(
+            self._bootstrap, client_id="concord-cli", delivery_timeout_ms=_DELIVERY_TIMEOUT_MS
+        )
+        if self._topics:
+            await self._connect_consumer()
+        await self._producer.start()
+
+    async def _connect_consumer(self) -> None:
+        self._consumer = AIOKafkaConsumer(
+            bootstrap_servers=self._bootstrap,
+            group_id=None,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            max_partition_fetch_bytes=8 * 2**20,
+        )
+        try:
+            await self._consumer.start()
+            if not self._positions:
+                self._positions = await self._ends()
+        except KafkaError as error:
+            raise BrokerUnavailableError(self._bootstrap, str(error)) from error
+        self._consumer.assign(list(self._positions))
+        for partition, offset in self._positions.items():
+            self._consumer.seek(partition, offset)
+
+    async def _ends(self) -> dict[TopicPartition, int]:
+        assert self._consumer is not None
+        known = await self._consumer.topics()
+        for topic in self._topics:
+            if topic not in known:
+                raise UnknownTopicError(topic)
+        partitions = [
+            TopicPartition(topic, number)
+            for topic in self._topics
+            for number in self._consumer.partitions_for_topic(topic) or ()
+        ]
+        ends: dict[TopicPartition, int] = await self._consumer.end_offsets(partitions)
+        return ends
+
+    async def _disconnect(self) -> None:
+        producer, self._producer = self._producer, None
+        consumer, self._consumer = self._consumer, None
+        parts: list[Any] = [part for part in (producer, consumer) if part is not None]
+        for part in parts:
+            with suppress(MessagingError, KafkaError):
+                await part.stop()

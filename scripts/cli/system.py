@@ -1,0 +1,108 @@
+"""How commands find the system of a directory: DIR/runtime.json, which `concord up` writes.
+
+`running` is not believed but tested: whoever holds DIR/run/supervisor.lock runs. Everything about files here is
+standard library; the settings themselves are loaded only when asked for.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scripts.cli.errors import CommandError
+from scripts.cli.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from infra.config import Settings
+    from scripts.reading import CommittedReader
+
+
+def runtime_path(directory: Path) -> Path:
+    return directory / "runtime.json"
+
+
+def lock_path(directory: Path) -> Path:
+    return directory / "run" / "supervisor.lock"
+
+
+def write_atomically(path: Path, value: Any) -> None:
+    """Readers see the old content or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def holder(directory: Path) -> int | None:
+    """The pid of the `concord up` that runs on `directory`, 0 where it did not say, None if there is none."""
+    try:
+        descriptor = os.open(lock_path(directory), os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    except OSError:  # unreadable to this user: somebody's it is
+        return 0
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return int(os.read(descriptor, 32).decode("ascii", "replace").strip() or 0)
+    else:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class System:
+    """The system of one directory, as its last start described it."""
+
+    directory: Path
+    runtime: dict[str, Any]
+    running: bool
+
+    @classmethod
+    def find(cls, directory: Path) -> System:
+        """Of a directory that may never have had one: then `runtime` is empty."""
+        try:
+            runtime = json.loads(runtime_path(directory).read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            runtime = {}
+        except (OSError, ValueError) as error:
+            raise CommandError(f"{runtime_path(directory)} cannot be read: {error}.", ExitCode.UNREACHABLE) from error
+        return cls(directory, runtime, holder(directory) is not None)
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that the system was started with, else those that it would be started with."""
+        from infra.config import Settings, load_settings
+
+        if "settings" in self.runtime:
+            return Settings.model_validate_json(json.dumps(self.runtime["settings"]))
+        return load_settings(data_dir=self.directory)
+
+    @property
+    def bootstrap_servers(self) -> str:
+        """Where its Kafka is. Raises CommandError (UNREACHABLE) when the system does not run."""
+        servers = self.runtime.get("bootstrap_servers")
+        if not self.running or not servers:
+            where = "" if self.directory == Path(".concord") else f" --data {self.directory}"
+            raise CommandError(
+                f"No system is running in {self.directory}. Start it with `concord up{where}`, or name its directory "
+                "with --data.",
+                ExitCode.UNREACHABLE,
+            )
+        return str(servers)
+
+    async def reader(self) -> CommittedReader:
+        """Its tables, whether it runs or rests. Raises CommandError (UNREACHABLE) when there are none."""
+        from scripts.reading import NoTablesError, open_reader
+
+        try:
+            return await open_reader(self.settings)
+        except NoTablesError as error:
+            raise CommandError(
+                f"{error}. Start a system there with `concord up`, or name its directory with --data.",
+                ExitCode.UNREACHABLE,
+            ) from None

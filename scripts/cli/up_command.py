@@ -1,0 +1,55 @@
+"""`concord up`: the system in the foreground."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from scripts.cli.errors import CommandError
+from scripts.cli.exit_codes import ExitCode
+from scripts.cli.options import DEFAULT_DIRECTORY, Data, Shape, command
+from scripts.cli.output import Output, note
+
+
+def register(app: typer.Typer) -> None:
+    @command(app, "up")
+    def up(
+        profile: Annotated[
+            str | None, typer.Option(help="Which servers it runs on: local (the others come later).")
+        ] = None,
+        data: Data = DEFAULT_DIRECTORY,
+        output: Shape = None,
+    ) -> None:
+        """Run the system until Ctrl-C.
+
+        Starts Kafka, Ray with the domains' actors, and the stream workers; data lives in DIR. A second start on the
+        same directory continues from its state. Prints one line when ready.
+        """
+        import asyncio
+        from collections.abc import Mapping
+        from typing import Any
+
+        from infra.config import load_settings
+        from infra.telemetry import configure_logging
+
+        shape = Output.of(output)
+        settings = load_settings(data_dir=data, profile=profile)
+        if settings.profile != "local":
+            raise CommandError(
+                f"Profile {settings.profile} is not built yet; it comes with a later version. Use --profile local.",
+                ExitCode.USAGE,
+            )
+        configure_logging(settings.log_level, process="supervisor")
+        from scripts.up import Addresses, supervise
+
+        def for_people(line: Mapping[str, Any]) -> str:
+            return (
+                f"Ready. Kafka {line['bootstrap_servers']}, health and metrics {line['http']}, "
+                f"Ray dashboard {line['dashboard']}. Ctrl-C stops it."
+            )
+
+        def on_ready(addresses: Addresses) -> None:
+            shape.show(addresses.ready_line(), for_people)
+
+        asyncio.run(supervise(settings, on_ready=on_ready, progress=note))

@@ -1,0 +1,111 @@
+"""The composition root: how settings become topics, tables, placement and storage, in one place for every process.
+
+The supervisor, the workers and the command line build what they need here, so that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from actors.domain import Domain, Table
+from actors.home import RetryPolicy
+from actors.incarnations import INCARNATIONS
+from actors.outcomes import outcomes_of
+from actors.runtime import Placement
+from actors.system import SystemConfig, load_domains
+from infra.clock import SystemClock
+from infra.config import HOUR_MS, Settings
+from infra.consensus_commit.coordinator import CoordinatorStates
+from infra.consensus_commit.intents import IntentLog
+from infra.consensus_commit.metadata import transactional
+from infra.messaging.topics import TopicSpec
+from infra.storage.operations import TableSchema
+from infra.storage.port import Storage
+from schemas.registry import DOMAINS
+from schemas.topics import KEEP_FOREVER, Topic, TopicRole, topic_specs
+
+
+def topics(settings: Settings) -> tuple[Topic, ...]:
+    """Every topic of the system as the settings have it."""
+    kafka = settings.kafka
+    return topic_specs(
+        DOMAINS,
+        command_partitions=kafka.command_partitions,
+        event_partitions=kafka.command_partitions,
+        result_partitions=kafka.command_partitions,
+        command_retention_ms=kafka.retention_commands_hours * HOUR_MS,
+        event_retention_ms=_retention_ms(kafka.retention_events_hours),
+        dead_letter_retention_ms=kafka.retention_dlq_hours * HOUR_MS,
+    )
+
+
+def kafka_topics(settings: Settings) -> list[TopicSpec]:
+    """The same in Kafka's own words."""
+    limits = {
+        TopicRole.COMMANDS: settings.kafka.command_topic_max_bytes,
+        TopicRole.DEAD_LETTERS: settings.kafka.broker_max_bytes,
+    }
+    return [
+        TopicSpec(
+            topic.name,
+            topic.partitions,
+            settings.kafka.replication,
+            {
+                "cleanup.policy": topic.cleanup_policy,
+                "retention.ms": str(topic.retention_ms),
+                "max.message.bytes": str(limits.get(topic.role, topic.max_message_bytes)),
+            },
+        )
+        for topic in topics(settings)
+    ]
+
+
+def _retention_ms(hours: int) -> int:
+    return KEEP_FOREVER if hours < 0 else hours * HOUR_MS
+
+
+def system_config(settings: Settings) -> SystemConfig:
+    """What every actor needs to know."""
+    retry = settings.retry
+    return SystemConfig(
+        placement=Placement(
+            buckets=settings.actors.buckets,
+            shards={domain: settings.actors.shards_of(domain) for domain in DOMAINS},
+            coordinators=settings.actors.coordinators,
+        ),
+        retry=RetryPolicy(
+            tries=retry.tries,
+            initial_ms=retry.initial_ms,
+            max_ms=retry.max_ms,
+            factor=retry.factor,
+            jitter=retry.jitter,
+        ),
+        max_command_bytes=settings.kafka.max_command_bytes,
+        outcome_window_ms=settings.outcome.window_hours * HOUR_MS,
+        sweep_interval_s=settings.recovery.sweep_interval_ms / 1000,
+    )
+
+
+def domains(settings: Settings) -> list[Domain]:
+    """The domains, in the order of a start."""
+    return list(load_domains(system_config(settings)).values())
+
+
+def domain_tables(settings: Settings) -> list[Table]:
+    """Every transactional table: those of the domains, and the outcomes of each."""
+    found: dict[str, Table] = {}
+    for domain in domains(settings):
+        for table in (*domain.tables, outcomes_of(domain.name)):
+            found[table.full_name] = table
+    return list(found.values())
+
+
+def stored_tables(settings: Settings, storage: Storage) -> Sequence[TableSchema]:
+    """Every table that the transactions need, as storage has it."""
+    states = CoordinatorStates(storage, SystemClock())
+    return [
+        states.table,
+        IntentLog(storage).table,
+        INCARNATIONS,
+        *(transactional(table.schema) for table in domain_tables(settings)),
+    ]
