@@ -1,7 +1,8 @@
 """Entry point of a stream worker process: `python -m scripts.worker --data DIR --name worker-0 --health-port N`.
 
-What it needs to know beyond its arguments lies in `DIR/run/settings.json`, written by whoever runs the system. Start it with `infra.servers.processes.spawn`, so that it ends with its parent. Exit code 0 after
-SIGTERM; anything else means: start it again.
+What it needs to know beyond its arguments lies in `DIR/run/settings.json`, written by whoever runs the system. Start
+it with `infra.servers.processes.spawn`, so that it ends with its parent. Exit code 0 after SIGTERM; anything else
+means: start it again.
 """
 
 from __future__ import annotations
@@ -36,6 +37,21 @@ class WorkerSetup(BaseModel):
     settings: Settings
     bootstrap_servers: str
     ray_address: str
+
+
+def setup_path(data_dir: Path) -> Path:
+    """Where workers find what they need to know."""
+    return data_dir / "run" / "settings.json"
+
+
+def write_setup(setup: WorkerSetup) -> None:
+    """Write it there, whole or not at all, readable by nobody else."""
+    path = setup_path(setup.settings.data_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(setup.model_dump_json())
+    temporary.chmod(0o600)
+    temporary.replace(path)
 
 
 def worker_options(setup: WorkerSetup, *, name: str, health_port: int) -> WorkerOptions:
@@ -99,7 +115,7 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="unique among the workers, and the same after a restart")
     parser.add_argument("--health-port", type=int, default=0, help="port of /healthz, /readyz and /metrics; 0: any")
     arguments = parser.parse_args()
-    setup = WorkerSetup.model_validate_json((arguments.data / "run" / "settings.json").read_bytes())
+    setup = WorkerSetup.model_validate_json(setup_path(arguments.data).read_bytes())
     configure_logging(setup.settings.log_level, process=arguments.name)
     faulthandler.enable()
     # Before Ray or Faust are imported: prometheus_client learns only at its first import what is shared.

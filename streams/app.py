@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ from faust.types import TP
 from actors.runtime import Placement, Runtime
 from infra.clock import Clock, SystemClock
 from infra.messaging.producer import EventProducer
-from infra.messaging.reader import cluster_id
+from infra.messaging.reader import cluster_id, end_offsets
 from schemas.envelope import RawMessage
 from schemas.outcome import Answer
 from schemas.topics import commands_topic, events_topic
@@ -47,6 +47,8 @@ from streams.timers import Timers
 from streams.watchdog import EXIT_FAILED, Watchdog, end_process
 
 log = structlog.get_logger()
+
+END_OFFSETS_WITHIN_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class StreamWorker:
             assigned=lambda: self._assigned or set(),
             finished=self._finished_until,
             progress=self.progress,
-            end_offsets=lambda partitions: self._consumer.end_offsets(partitions),
+            end_offsets=self._end_offsets,
             first_offset=self.first_offset,
         )
         self._watchdog = Watchdog(
@@ -170,6 +172,7 @@ class StreamWorker:
     async def run(self) -> None:
         """Until SIGTERM or SIGINT. Raises what keeps the worker from starting, or what crashed Faust."""
         options = self._options
+        options.work_dir.mkdir(parents=True, exist_ok=True)  # Faust makes its own folder, but not those above
         async with AsyncExitStack() as stack:
             await self.health.start(options.health_port)
             stack.push_async_callback(self.health.stop)
@@ -302,6 +305,17 @@ class StreamWorker:
     def _finished_until(self, partition: Partition) -> int | None:
         progress = self.progress().get(partition)
         return self.start_of(partition) if progress is None else progress.next_finished
+
+    async def _end_offsets(self, partitions: Iterable[Partition]) -> Mapping[Partition, int]:
+        wanted = set(partitions)
+        try:
+            async with asyncio.timeout(END_OFFSETS_WITHIN_S):
+                return await self._consumer.end_offsets(wanted)
+        except Exception as error:
+            # The broker or the consumer's thread? A thread that hangs must not look like a broker that is away.
+            log.warning("consumer_silent", error=repr(error))
+            ends = await end_offsets(self._options.bootstrap_servers, sorted({topic for topic, _ in wanted}))
+            return {partition: ends[partition] for partition in wanted}
 
     def _membership_error(self) -> BaseException | None:
         return None if self._assigned is None else self._consumer.membership_error()
