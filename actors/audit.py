@@ -1,8 +1,9 @@
 """Do the books of the order domains add up? Pure functions over the rows of a resting system.
 
-Every rule is one that no single command can break, whoever sent it: what finds an offender has found a transaction
-that took effect in part, twice, or not in all of its domains. What a client did on its own (a reservation without an
-order, a courtesy refund, a shipment of its own) is in order.
+What finds an offender has found a transaction that took effect in part, twice, or not in all of its domains. What a
+client did on its own (a reservation without an order, a courtesy refund, a shipment of its own) is in order; only a
+client that sets `for_order` by itself, which is for the orders domain to set, is reported: something is then held for
+an order that does not exist.
 """
 
 from __future__ import annotations
