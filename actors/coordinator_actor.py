@@ -32,9 +32,10 @@ from actors.messages import (
     Verdict,
 )
 from actors.runtime import ActorLostError, Mailroom, Placement, actor_name
+from actors.timing import Timing
 from infra.clock import Clock
 from infra.consensus_commit.coordinator import CoordinatorStates, StateRow
-from infra.consensus_commit.errors import TransactionConflictError, UnknownTransactionStatusError
+from infra.consensus_commit.errors import UnknownTransactionStatusError
 from infra.consensus_commit.intents import Intent, IntentLog
 from infra.consensus_commit.states import TransactionState
 from infra.failpoints import reach
@@ -61,6 +62,7 @@ class CoordinatorActor:
         clock: Clock,
         sweep_interval_s: float = 5.0,
         state_window_ms: int = 7 * 24 * 3_600_000,
+        timing: Timing,
     ) -> None:
         self.name = name
         self.incarnation = ""
@@ -72,6 +74,8 @@ class CoordinatorActor:
         self._clock = clock
         self._sweep_interval_s = sweep_interval_s
         self._state_window_ms = state_window_ms
+        self._timing = timing
+        self._predecessors: frozenset[str] = frozenset()
         self._active: set[str] = set()
         self._first_seen_s: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -82,6 +86,7 @@ class CoordinatorActor:
         await self._states.create_tables()
         await self._intents.create_tables()
         await self._incarnations.create_tables()
+        self._predecessors = frozenset(await self._incarnations.of(self.name))
         self.incarnation = await self._incarnations.register(self.name)
         self._sweeper = asyncio.ensure_future(self._sweep_forever())
 
@@ -105,13 +110,19 @@ class CoordinatorActor:
         try:
             writers = [s for s in request.shares if s.has_writes and request.drop_writes_except in ("", s.actor)]
             partitions = tuple(partition for share in writers for partition in share.partitions)
+            intent = self._intent(request, writers, partitions)
             try:
                 if writers:
-                    await self._intents.record([self._intent(request, partitions)])
-            except StorageError as error:
+                    await self._intents.record([intent])
+            except Exception as error:
                 await self._roll_back(request)
-                return Decision(trouble=Trouble.UNAVAILABLE, detail=str(error))
-            verdict = await self._forward(request, writers)
+                trouble = Trouble.UNAVAILABLE if isinstance(error, StorageError) else Trouble.BROKEN
+                return Decision(trouble=trouble, detail=str(error))
+            try:
+                verdict = await self._forward(request, writers)
+            except Exception as error:  # what the participants have done is unknown then
+                log.exception("preparing failed", tx_id=request.tx_id)
+                verdict = Verdict(Trouble.LOST, str(error))
             if verdict.trouble is None:
                 winner = await self._decide(request.tx_id, writers)
                 if winner.state is TransactionState.COMMITTED:
@@ -119,7 +130,7 @@ class CoordinatorActor:
                     self._spawn(self._commit_records(request, partitions, winner))
                     return Decision(committed_at_ms=winner.created_at_ms)
                 verdict = Verdict(Trouble.CONFLICT, "aborted by recovery")
-            await self._abort(request, partitions, told=verdict)
+            await self._abort(request, intent, told=verdict)
             return Decision(trouble=verdict.trouble, detail=verdict.detail)
         finally:
             if not keep_active:
@@ -158,7 +169,8 @@ class CoordinatorActor:
         try:
             await self._states.commit_state(tx_id, committed_at_ms)
             return StateRow(tx_id, TransactionState.COMMITTED, committed_at_ms)
-        except (TransactionConflictError, UnknownTransactionStatusError, StorageError):
+        except Exception as error:  # of whatever kind: committed or not, only the row knows
+            log.warning("committing was not answered", tx_id=tx_id, error=str(error))
             return await self._obey(tx_id)
 
     async def _obey(self, tx_id: str) -> StateRow:
@@ -185,14 +197,14 @@ class CoordinatorActor:
             done = await self._ask_all("commit", {share.actor: message for share in request.shares})
             if partitions and (all(answer is True for answer in done) or await self._settle(winner, partitions)):
                 await self._intents.remove(self.name, [request.tx_id])
-        except StorageError as error:
+        except Exception as error:
             log.warning("left to the sweeper", tx_id=request.tx_id, error=str(error))
         finally:
             self._active.discard(request.tx_id)
 
-    async def _abort(self, request: CommitRequest, partitions: tuple[Partition, ...], *, told: Verdict) -> None:
+    async def _abort(self, request: CommitRequest, intent: Intent, *, told: Verdict) -> None:
         """Put ABORTED, then roll back. The intent goes only when nothing of this transaction can arrive any more."""
-        if not partitions:
+        if not intent.partitions:
             await self._roll_back(request)
             return
         winner = await self._obey(request.tx_id)
@@ -205,9 +217,8 @@ class CoordinatorActor:
                 # so the row that would refuse it has done its work.
                 await self._states.forget(winner)
                 await self._intents.remove(self.name, [request.tx_id])
-            else:
-                await self._settle(winner, partitions)
-                await self._intents.mark_aborted([self._intent(request, partitions)])
+            elif await self._settle(winner, intent.partitions):
+                await self._intents.mark_aborted([intent])
         except StorageError as error:
             log.warning("left to the sweeper", tx_id=request.tx_id, error=str(error))
 
@@ -216,17 +227,17 @@ class CoordinatorActor:
         return await self._ask_all("rollback", {share.actor: message for share in request.shares})
 
     async def _ask_all(self, method: str, messages: dict[str, object]) -> list[object]:
-        """One answer for each participant; a lost one answers with LOST."""
+        """One answer for each participant; of one that was lost, or broke, what it did is unknown: LOST."""
 
         async def ask(actor: str, message: object) -> object:
             try:
                 return await self._mailroom.ask(actor, method, message)
-            except ActorLostError as error:
-                return Verdict(Trouble.LOST, str(error))
+            except Exception as error:
+                return Verdict(Trouble.LOST, f"{type(error).__name__}: {error}")
 
         return list(await asyncio.gather(*(ask(actor, message) for actor, message in messages.items())))
 
-    def _intent(self, request: CommitRequest, partitions: tuple[Partition, ...]) -> Intent:
+    def _intent(self, request: CommitRequest, writers: list[Share], partitions: tuple[Partition, ...]) -> Intent:
         return Intent(
             tx_id=request.tx_id,
             coordinator=self.name,
@@ -234,7 +245,7 @@ class CoordinatorActor:
             home=request.home,
             home_incarnation=request.home_incarnation,
             partitions=partitions,
-            participants=tuple(f"{share.actor}/{share.incarnation}" for share in request.shares),
+            participants=tuple(f"{share.actor}/{share.incarnation}" for share in writers),
             created_at_ms=self._clock.now_ms(),
         )
 
@@ -264,11 +275,21 @@ class CoordinatorActor:
 
     async def sweep(self) -> int:
         """Settle every intent that no living transaction of this coordinator holds; returns how many are left."""
+        living = frozenset(self._active)  # a transaction that ends while we read is settled by itself
+        intents = await self._ours()
+        now_s = self._clock.monotonic_s()
+        self._first_seen_s = {intent.tx_id: self._first_seen_s.get(intent.tx_id, now_s) for intent in intents}
         left = 0
-        for intent in await self._ours():
-            if intent.tx_id in self._active or not self._due(intent):
+        for intent in intents:
+            if intent.tx_id in living or intent.tx_id in self._active or not self._due(intent):
                 continue
-            left += not await self._settle_intent(intent)
+            try:
+                left += not await self._settle_intent(intent)
+            except StorageError:
+                raise
+            except Exception:  # one that cannot be settled must not keep the others in doubt
+                left += 1
+                log.exception("an intent cannot be settled", actor=self.name, tx_id=intent.tx_id)
         return left
 
     async def _ours(self) -> list[Intent]:
@@ -279,26 +300,34 @@ class CoordinatorActor:
         return [intent for intent in await self._intents.all() if intent.coordinator not in others]
 
     def _due(self, intent: Intent) -> bool:
-        """Our own predecessor's intents at once; others when they have been seen for a transaction's lifetime.
+        """Our own and our predecessors' intents at once; others when they have been seen for a transaction's lifetime.
 
-        Age is what this process observed on its own steady clock, never a difference of two machines' clocks.
+        Others are coordinators of other names, and a successor of ours, if we were taken for dead.
         """
-        if intent.coordinator == self.name:
-            return True
-        first = self._first_seen_s.setdefault(intent.tx_id, self._clock.monotonic_s())
-        return self._clock.monotonic_s() - first > 15.0
+        return (
+            intent.coordinator_incarnation == self.incarnation
+            or intent.coordinator_incarnation in self._predecessors
+            or self._seen_for_a_lifetime(intent)
+        )
+
+    def _seen_for_a_lifetime(self, intent: Intent) -> bool:
+        """Age is what this process observed on its own steady clock, never a difference of two machines' clocks."""
+        seen_s = self._clock.monotonic_s() - self._first_seen_s[intent.tx_id]
+        return seen_s * 1000 > self._timing.transaction_lifetime_ms
 
     async def _settle_intent(self, intent: Intent) -> bool:
+        """Whether nothing of it is in doubt now. An ABORTED row goes only when no write can arrive any more (rule 8):
+        its writers have let go of it or are gone, and what they sent has had time to be served or dropped."""
         winner = await self._obey(intent.tx_id)
         if not await self._settle(winner, intent.partitions):
             return False
-        if winner.state is TransactionState.COMMITTED or await self._writers_gone(intent):
-            if winner.state is TransactionState.ABORTED:
-                await self._states.forget(winner)
+        if winner.state is TransactionState.COMMITTED:
+            await self._intents.remove(intent.coordinator, [intent.tx_id])
+        elif self._seen_for_a_lifetime(intent) and await self._writers_gone(intent):
+            await self._states.forget(winner)
             await self._intents.remove(intent.coordinator, [intent.tx_id])
         elif not intent.aborted:
             await self._intents.mark_aborted([intent])
-        self._first_seen_s.pop(intent.tx_id, None)
         return True
 
     async def _writers_gone(self, intent: Intent) -> bool:

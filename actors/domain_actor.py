@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
 import structlog
@@ -33,8 +33,10 @@ from actors.messages import (
 from actors.outcomes import outcomes_of, prune_outcomes
 from actors.participation import Participation
 from actors.runtime import Mailroom, Placement, actor_name
+from actors.timing import Timing
 from infra.clock import Clock
 from infra.consensus_commit.coordinator import CoordinatorStates
+from infra.consensus_commit.errors import CrudConflictError
 from infra.consensus_commit.metadata import transactional
 from infra.consensus_commit.recovery import RecoveryHandler
 from infra.storage.errors import StorageError
@@ -46,8 +48,8 @@ from schemas.outcome import Answer
 log = structlog.get_logger()
 
 R = TypeVar("R", bound=Record)
+T = TypeVar("T")
 
-TIDY_INTERVAL_S = 1.0
 PRUNE_INTERVAL_S = 3_600.0
 
 
@@ -68,6 +70,7 @@ class DomainActor:
         retry: RetryPolicy,
         max_command_bytes: int,
         outcome_window_ms: int,
+        timing: Timing,
         on_answer: Callable[[str, Answer, float], None] = lambda domain, answer, seconds: None,
         on_trouble: Callable[[str, Trouble], None] = lambda domain, trouble: None,
         on_recovered: Callable[[str], None] = lambda kind: None,
@@ -85,9 +88,16 @@ class DomainActor:
         self._retry = retry
         self._max_command_bytes = max_command_bytes
         self._outcome_window_ms = outcome_window_ms
+        self._timing = timing
         self._on_answer = on_answer
         self._on_trouble = on_trouble
-        self._recovery = RecoveryHandler(storage, states, clock, on_recovered=on_recovered)
+        self._recovery = RecoveryHandler(
+            storage,
+            states,
+            clock,
+            transaction_lifetime_ms=timing.transaction_lifetime_ms,
+            on_recovered=on_recovered,
+        )
         self._tasks: list[asyncio.Task[None]] = []
         self._participation: Participation | None = None
         self._home: Home | None = None
@@ -109,7 +119,9 @@ class DomainActor:
             storage=self._storage,
             states=self._states,
             recovery=self._recovery,
+            mailroom=self._mailroom,
             clock=self._clock,
+            timing=self._timing,
         )
         self._home = Home(
             domain=self._domain,
@@ -119,12 +131,13 @@ class DomainActor:
             states=self._states,
             clock=self._clock,
             retry=self._retry,
+            timing=self._timing,
             max_command_bytes=self._max_command_bytes,
             on_answer=self._on_answer,
             on_trouble=self._on_trouble,
         )
         self._tasks = [
-            asyncio.ensure_future(self._every(TIDY_INTERVAL_S, self._participation.tidy)),
+            asyncio.ensure_future(self._every(self._timing.tidy_interval_s, self._participation.tidy)),
             asyncio.ensure_future(self._every(PRUNE_INTERVAL_S, self.prune)),
         ]
 
@@ -132,6 +145,8 @@ class DomainActor:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._participation is not None:
+            self._participation.close_all()
         await self._recovery.close()
 
     # ---- as home ---------------------------------------------------------------------------------------------
@@ -158,19 +173,19 @@ class DomainActor:
         return list(await asyncio.gather(*map(self._as_participant.collect, batch)))
 
     async def prepare(self, batch: list[Prepare]) -> list[Verdict]:
-        return list(await asyncio.gather(*map(self._as_participant.prepare, batch)))
+        return await _each(map(self._as_participant.prepare, batch), Verdict(Trouble.BROKEN, "prepare failed"))
 
     async def validate(self, batch: list[Validate]) -> list[Verdict]:
-        return list(await asyncio.gather(*map(self._as_participant.validate, batch)))
+        return await _each(map(self._as_participant.validate, batch), Verdict(Trouble.BROKEN, "validate failed"))
 
     async def commit(self, batch: list[CommitRecords]) -> list[bool]:
-        return list(await asyncio.gather(*map(self._as_participant.commit, batch)))
+        return await _each(map(self._as_participant.commit, batch), False)
 
     async def rollback(self, batch: list[Rollback]) -> list[bool]:
-        return list(await asyncio.gather(*map(self._as_participant.rollback, batch)))
+        return await _each(map(self._as_participant.rollback, batch), False)
 
     async def settle(self, batch: list[Settle]) -> list[bool]:
-        return list(await asyncio.gather(*map(self._as_participant.settle, batch)))
+        return await _each(map(self._as_participant.settle, batch), False)
 
     # ---- housekeeping ----------------------------------------------------------------------------------------
 
@@ -204,6 +219,18 @@ class DomainActor:
         return self._participation
 
 
+async def _each(work: Iterable[Awaitable[T]], otherwise: T) -> list[T]:
+    """One reply for each item; what failed as nothing should is logged and answered `otherwise`, alone."""
+    replies: list[T] = []
+    for reply in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(reply, Exception):
+            log.error("an item of a batch failed", exc_info=reply)
+        elif isinstance(reply, BaseException):
+            raise reply
+        replies.append(otherwise if isinstance(reply, BaseException) else reply)
+    return replies
+
+
 class _OwnRows:
     """actors.domain.Reader over the buckets of one actor."""
 
@@ -218,9 +245,11 @@ class _OwnRows:
             for partition in [(bucket, n) for n in range(table.slices)] if table.sliced_by else [(bucket,)]:
                 rows = await actor._storage.scan(Scan(schema, partition, end=Bound((limit_value,)), limit=limit))
                 for row in rows:
-                    resolved = await actor._recovery.resolve(
-                        table.schema, Key(partition, tuple(row[name] for name in table.key)), row
-                    )
+                    key = Key(partition, tuple(row[name] for name in table.key))
+                    try:
+                        resolved = await actor._recovery.resolve(table.schema, key, row)
+                    except CrudConflictError:
+                        continue  # a transaction has it in hand: it may be there at the next look
                     if resolved is not None:
                         records.append(table.from_row(resolved))
         return records[:limit]

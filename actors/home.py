@@ -15,17 +15,18 @@ import contextlib
 import random
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
 import structlog
 
 from actors.domain import Domain, Refused
-from actors.messages import CommitRecords, CommitRequest, Decision, Emitted, Rollback, Share, Trouble
+from actors.messages import Age, CommitRecords, CommitRequest, Decision, Emitted, Rollback, Share, Trouble
 from actors.outcomes import outcome_row, outcomes_of
 from actors.participation import Participation, Workspace, json_safe
-from actors.runtime import ActorLostError, Mailroom, Placement
+from actors.runtime import Mailroom, Placement
+from actors.timing import Timing
 from actors.work import CONCORD_NAMESPACE, Calls, TroubleError, Work, trouble_of
 from infra.clock import Clock
 from infra.consensus_commit.coordinator import CoordinatorStates
@@ -83,9 +84,6 @@ NEXT_STEP = {
     Trouble.BROKEN: Step.SUSPECT,
 }
 
-PAUSE_SOON_S = 0.2
-PAUSE_WAIT_S = (0.1, 2.0)
-
 CONFLICT = "conflict"
 """The reason of a refusal after the last retry."""
 
@@ -112,6 +110,14 @@ class Subject:
     command: Any = None
 
 
+@dataclass(slots=True)
+class _Turn:
+    """The lock of one key and how many hold it or wait for it."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    users: int = 0
+
+
 class Home:
     def __init__(
         self,
@@ -123,6 +129,7 @@ class Home:
         states: CoordinatorStates,
         clock: Clock,
         retry: RetryPolicy,
+        timing: Timing,
         max_command_bytes: int,
         on_answer: Callable[[str, Answer, float], None] = lambda domain, answer, seconds: None,
         on_trouble: Callable[[str, Trouble], None] = lambda domain, trouble: None,
@@ -134,31 +141,36 @@ class Home:
         self._states = states
         self._clock = clock
         self._retry = retry
+        self._timing = timing
         self._max_command_bytes = max_command_bytes
         self._on_answer = on_answer
         self._on_trouble = on_trouble
         self._outcomes = outcomes_of(domain.name)
         self._coordinator = placement.coordinator_of(participation.actor)
-        self._turns: dict[bytes, asyncio.Lock] = {}
+        self._turns: dict[bytes, _Turn] = {}
 
     async def execute(self, batch: list[RawMessage]) -> list[Answer]:
         """The answer of each message, in order. Those with one key run one after another, others side by side."""
         chains: dict[bytes, list[int]] = {}
         for index, raw in enumerate(batch):
             chains.setdefault(raw.key or b"", []).append(index)
-        answers: list[Answer | None] = [None] * len(batch)
+        answers: dict[int, Answer] = {}
 
         async def run(key: bytes, chain: list[int]) -> None:
             # A lock besides the chain: after a rebalance two workers may hold batches with the same key.
-            async with self._turns.setdefault(key, asyncio.Lock()) as _:
-                for index in chain:
-                    answers[index] = await self.answer(batch[index])
-            lock = self._turns.get(key)
-            if lock is not None and not lock.locked() and not getattr(lock, "_waiters", None):
-                self._turns.pop(key, None)
+            turn = self._turns.setdefault(key, _Turn())
+            turn.users += 1
+            try:
+                async with turn.lock:
+                    for index in chain:
+                        answers[index] = await self.answer(batch[index])
+            finally:
+                turn.users -= 1
+                if not turn.users:
+                    del self._turns[key]
 
         await asyncio.gather(*(run(key, chain) for key, chain in chains.items()))
-        return [answer for answer in answers if answer is not None]
+        return [answers[index] for index in range(len(batch))]
 
     async def answer(self, raw: RawMessage) -> Answer:
         """Carry out one message and return its durable answer, however long that takes."""
@@ -198,7 +210,7 @@ class Home:
         )
 
     async def _until_answered(self, subject: Subject, verdict: Verdict | None, raw: RawMessage) -> Answer:
-        age = (self._clock.now_ms(), subject.id)
+        age = (self._clock.now_ms(), self._clock.new_id())
         conflicts = broken = waits = 0
         while True:
             try:
@@ -206,6 +218,8 @@ class Home:
                 answer = await Attempt(self, subject, verdict, age).run()
             except Exception as error:
                 trouble = trouble_of(error)
+                if trouble.trouble is Trouble.BROKEN:
+                    log.exception("an attempt failed", command_id=subject.id)
             else:
                 if answer.reason == ID_CONFLICT and verdict is not None:
                     # A dead letter whose id another payload has taken is kept under a name of its own.
@@ -220,7 +234,7 @@ class Home:
                 case Step.AT_ONCE:
                     await asyncio.sleep(0)
                 case Step.SOON:
-                    await asyncio.sleep(PAUSE_SOON_S)
+                    await asyncio.sleep(self._timing.soon_s)
                 case Step.BACK_OFF:
                     conflicts += 1
                     if conflicts >= self._retry.tries and verdict is None:
@@ -228,12 +242,12 @@ class Home:
                         continue
                     await asyncio.sleep(self._retry.pause_s(conflicts))
                 case Step.WAIT:
-                    waits += 1
                     log.warning("waiting for storage", command_id=subject.id, error=trouble.detail)
-                    await asyncio.sleep(min(PAUSE_WAIT_S[0] * 2 ** min(waits, 10), PAUSE_WAIT_S[1]))
+                    first_s, longest_s = self._timing.wait_s
+                    await asyncio.sleep(min(first_s * 2 ** min(waits, 10), longest_s))
+                    waits += 1
                 case Step.SUSPECT:
                     broken += 1
-                    log.error("an attempt failed", command_id=subject.id, error=trouble.detail, exc_info=trouble)
                     if broken >= self._retry.broken_tries and verdict is None:
                         verdict = Verdict(
                             DEAD_LETTERED, DeadLetterReason.HANDLER_ERROR.value, {"detail": trouble.detail}
@@ -245,8 +259,9 @@ class Home:
 class Attempt:
     """One transaction that tries to answer one command."""
 
-    def __init__(self, home: Home, subject: Subject, verdict: Verdict | None, age: tuple[int, str]) -> None:
+    def __init__(self, home: Home, subject: Subject, verdict: Verdict | None, age: Age) -> None:
         self._home = home
+        self._left_to_coordinator = False
         self._subject = subject
         self._verdict = verdict
         participation = home._participation
@@ -268,22 +283,26 @@ class Attempt:
         self._work: Work = participation.work(
             self._workspace, command_id=subject.id, routing_key=subject.key, now_ms=now_ms, calls=self._calls
         )
+        # The outcome is not the handler's: it is read before the handler runs and written when that has ended.
+        self._outcome: Work = participation.work(
+            self._workspace, command_id=subject.id, routing_key=subject.key, now_ms=now_ms
+        )
 
     async def run(self) -> Answer:
         """The durable answer. Raises whatever trouble ended the attempt, after everything of it is taken back."""
         self._workspace.running += 1
         try:
-            known = await self._work.get(self._home._outcomes, self._subject.key, self._subject.id)
+            known = await self._outcome.get(self._home._outcomes, self._subject.key, self._subject.id)
             if known is not None:
                 await self._take_back()
                 return self._known(Answer.from_json(known.answer))
             answer = await self._compose()
-            await self._work.insert(self._home._outcomes, outcome_row(answer))
+            await self._outcome.insert(self._home._outcomes, outcome_row(answer))
             decision = await self._commit(keep_writes=answer.status == COMMITTED)
         except BaseException:
-            # Rule 5: nothing of this attempt may arrive after its end.
-            await self._calls.drain()
-            await self._take_back()
+            if not self._left_to_coordinator:  # else only the state row knows whether there is anything to take back
+                await self._work.end()  # rule 5: nothing of this attempt may arrive after its end
+                await self._take_back()
             raise
         finally:
             self._workspace.running -= 1
@@ -302,13 +321,16 @@ class Attempt:
         else:
             handler = self._home._domain.handlers[type(self._subject.command)]
             try:
-                result = await handler(self._work, self._subject.command)
-                await self._calls.drain()
+                try:
+                    result = json_safe(await handler(self._work, self._subject.command))
+                finally:
+                    await self._work.end()
                 emitted = await self._work.events()
             except Refused as refusal:
-                await self._calls.drain()
                 self._workspace.records.drop_writes()
                 status, reason, detail = REFUSED, refusal.reason, json_safe(refusal.details)
+            if self._calls.trouble is not None:
+                raise self._calls.trouble  # what a call has done is not known, whatever the handler made of that
             await reach("home.after_handler")
         subject = self._subject
         return Answer(
@@ -370,6 +392,7 @@ class Attempt:
             drop_writes_except="" if keep_writes else own.actor,
         )
         await reach("home.before_commit_request")
+        self._left_to_coordinator = True
         try:
             return await home._mailroom.ask(home._coordinator, "commit", request)
         except Exception as error:  # lost, or broken half-way: only the state row knows
@@ -379,6 +402,9 @@ class Attempt:
         """Everything lies in one atomic unit of the storage: one write, no state row, no coordinator."""
         participation, workspace = self._home._participation, self._workspace
         committed_at_ms = self._home._clock.now_ms()
+        if workspace.owner.wounded:
+            participation.close(workspace)
+            return Decision(trouble=Trouble.WOUNDED)
         workspace.owner.prepared = True
         try:
             await workspace.records.commit_one_phase(committed_at_ms)
@@ -416,15 +442,14 @@ class Attempt:
         await asyncio.gather(*asked, return_exceptions=True)
 
     async def _take_back(self) -> None:
-        """Let go everywhere of an attempt that asked for no decision."""
+        """Let go everywhere of an attempt that has asked for no decision."""
         home, tx_id = self._home, self._workspace.tx_id
         own = home._participation
         others = [actor for actor in self._calls.touched if actor != own.actor]
 
         async def let_go(actor: str) -> None:
-            with contextlib.suppress(ActorLostError):  # its workspaces died with it
+            with contextlib.suppress(Exception):  # it died, and its workspaces with it; or it will find out
                 await home._mailroom.ask(actor, "rollback", Rollback(tx_id))
 
+        own.close(self._workspace)
         await asyncio.gather(*(let_go(actor) for actor in others))
-        if not self._workspace.owner.prepared:
-            own.close(self._workspace)

@@ -1,6 +1,8 @@
 """The runtime that keeps every actor in this process: for tests, simulation, and trying a domain without Ray.
 
-Messages are pickled on their way, as on Ray, so that nothing is shared that could not be shared there.
+Messages are pickled on their way, as on Ray, so that nothing is shared that could not be shared there. An actor that
+is killed here is as dead as a process: neither its letters nor its writes reach anybody any more. One that is
+`replaced` lives on unseen, as a paused process does, and may still do what it had begun.
 """
 
 from __future__ import annotations
@@ -10,14 +12,17 @@ import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from actors.incarnations import Incarnations
 from actors.runtime import ActorLostError, Mailroom
 from actors.system import Actor, Observer, SystemConfig, actor_names, build_actor
 from infra.clock import Clock, SystemClock
+from infra.storage.errors import UnavailableStorageError
+from infra.storage.operations import Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
 from infra.storage.port import Storage
 
 
 class LocalRuntime:
-    """Starts every actor of `config` over one storage. Implements actors.runtime.Runtime."""
+    """Starts every actor of `config`, or those of `names`, over one storage. Implements actors.runtime.Runtime."""
 
     def __init__(
         self,
@@ -27,22 +32,29 @@ class LocalRuntime:
         clock: Clock | None = None,
         observer: Observer | None = None,
         on_ask: Callable[[str, str, Sequence[Any]], None] | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         self.config = config
         self.storage = storage
         self.clock = clock or SystemClock()
+        self._names = names or actor_names(config)
         self._observer = observer or Observer()
         self._on_ask = on_ask
         self._actors: dict[str, Actor] = {}
+        self._lifelines: dict[str, _Lifeline] = {}
+        self._mailrooms: dict[str, Mailroom] = {}
         self._calls: dict[str, set[asyncio.Task[Any]]] = {}
+        self._replaced: list[Actor] = []
 
     async def start(self) -> None:
-        for name in actor_names(self.config):
+        for name in self._names:
             await self.restart(name)
 
     async def stop(self) -> None:
         for name in list(self._actors):
             await self._actors.pop(name).stop()
+        for actor in self._replaced:
+            await actor.stop()
 
     async def __aenter__(self) -> LocalRuntime:
         await self.start()
@@ -58,17 +70,15 @@ class LocalRuntime:
         if self._on_ask is not None:
             self._on_ask(actor, method, items)
         call = asyncio.ensure_future(getattr(target, method)(pickle.loads(pickle.dumps(list(items)))))
-        self._calls[actor].add(call)
-        try:
-            replies: list[Any] = pickle.loads(pickle.dumps(await asyncio.shield(call)))
-            return replies
-        except asyncio.CancelledError:
-            if call.cancelled():
-                raise ActorLostError(actor) from None
-            raise
-        finally:
-            if call.done():
-                self._calls.get(actor, set()).discard(call)
+        calls = self._calls[actor]
+        calls.add(call)
+        call.add_done_callback(calls.discard)
+        # Not `shield`, which would log the error of a call whose caller has gone.
+        await asyncio.wait([call])
+        if call.cancelled() or (self._actors.get(actor) is not target and target not in self._replaced):
+            raise ActorLostError(actor)
+        replies: list[Any] = pickle.loads(pickle.dumps(call.result()))
+        return replies
 
     def actor(self, name: str) -> Any:
         """The actor itself, for a test that must look inside."""
@@ -77,23 +87,95 @@ class LocalRuntime:
     async def kill(self, name: str) -> None:
         """Stop an actor as a crash would: its memory is gone, its callers learn that it is lost."""
         actor = self._actors.pop(name)
-        mailroom: Mailroom = actor._mailroom  # type: ignore[attr-defined]
-        mailroom.close()
-        for call in self._calls.pop(name):
+        self._lifelines.pop(name).cut = True
+        self._mailrooms.pop(name).close()
+        for call in list(self._calls.pop(name)):
             call.cancel()
         stopped = asyncio.ensure_future(actor.stop())
         await asyncio.wait([stopped], timeout=1)
 
+    async def replace(self, name: str) -> Actor:
+        """Start a second actor of a name, as a supervisor does that takes the first for dead; returns the first.
+
+        Whoever asks for the name finds the second. The first is not told, and still works on what it has begun.
+        """
+        first = self._actors.pop(name)
+        self._replaced.append(first)
+        await self.restart(name)
+        return first
+
     async def restart(self, name: str) -> None:
         """Start an actor that is not there."""
+        lifeline, mailroom = _Lifeline(self.storage), Mailroom(self)
         actor = build_actor(
             name,
             self.config,
-            storage=self.storage,
-            mailroom=Mailroom(self),
+            storage=lifeline,
+            mailroom=mailroom,
             clock=self.clock,
             observer=self._observer,
+            incarnations=_LocalIncarnations(self, lifeline),
         )
         await actor.start()
         self._calls[name] = set()
-        self._actors[name] = actor
+        self._lifelines[name], self._mailrooms[name], self._actors[name] = lifeline, mailroom, actor
+
+    def runs(self, incarnation: str) -> bool:
+        """Whether an actor of this incarnation lives, known or replaced."""
+        return any(
+            getattr(actor, "incarnation", "") == incarnation for actor in (*self._actors.values(), *self._replaced)
+        )
+
+
+class _LocalIncarnations(Incarnations):
+    """Here actors die and the process lives on, so that the process says nothing about them."""
+
+    def __init__(self, runtime: LocalRuntime, storage: Storage) -> None:
+        super().__init__(storage, runtime.clock)
+        self._runtime = runtime
+
+    async def known_gone(self, actor: str, incarnation: str) -> bool:
+        return not self._runtime.runs(incarnation)
+
+
+class _Lifeline:
+    """One actor's way to the storage. Once it is cut, what a dead actor's tasks still try has no effect."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self.cut = False
+
+    @property
+    def info(self) -> StorageInfo:
+        return self._storage.info
+
+    def _check(self) -> None:
+        if self.cut:
+            raise UnavailableStorageError("the actor is dead")
+
+    async def create_table(self, table: TableSchema) -> None:
+        self._check()
+        await self._storage.create_table(table)
+
+    async def tables(self) -> list[TableSchema]:
+        self._check()
+        return await self._storage.tables()
+
+    async def get(self, table: TableSchema, key: Key) -> Row | None:
+        self._check()
+        return await self._storage.get(table, key)
+
+    async def scan(self, scan: Scan) -> list[Row]:
+        self._check()
+        return await self._storage.scan(scan)
+
+    async def partitions(self, table: TableSchema) -> list[tuple[Value, ...]]:
+        self._check()
+        return await self._storage.partitions(table)
+
+    async def mutate(self, mutations: Sequence[Mutation]) -> None:
+        self._check()
+        await self._storage.mutate(mutations)
+
+    async def close(self) -> None:
+        """The storage belongs to whoever made it."""

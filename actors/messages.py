@@ -23,7 +23,8 @@ from typing import Any
 from infra.storage.operations import Value
 
 Age = tuple[int, str]
-"""When a command was first tried (ms) and its id: the older command has the right of way, in every attempt."""
+"""When a command was first tried (ms), and a name that nobody else has, because command ids are unique within their
+routing key only: the older command has the right of way, in every attempt, and no two are of one age."""
 
 Partition = tuple[str, str, tuple[Value, ...]]
 """(namespace, table, partition key values) of a stored partition."""

@@ -4,6 +4,10 @@ A transaction has a workspace here from its first call to its decision: the reco
 owns, and how many calls it has made. A workspace lives in memory only. If this actor restarts, prepare names an
 incarnation that is gone and is answered FORGOTTEN (rule 4); nothing was written yet, so nothing is lost but time.
 
+Messages may be lost, come late, or come twice. What was ended is remembered for a while, so that a late call does not
+open it again; a call that comes twice runs once; and calls that come before their predecessors wait for these only as
+long as the workspace lives.
+
 Never writes a state row, except to put ABORTED for a transaction whose coordinator fell silent (rule 6).
 """
 
@@ -11,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +28,7 @@ from actors.messages import (
     CallResult,
     CommitRecords,
     Deferred,
+    Health,
     Invocation,
     InvocationReply,
     Prepare,
@@ -36,7 +41,8 @@ from actors.messages import (
     Verdict,
 )
 from actors.ownership import Owner, Ownership
-from actors.runtime import Placement
+from actors.runtime import ActorLostError, Mailroom, Placement
+from actors.timing import Timing
 from actors.work import Calls, Work, trouble_of
 from infra.clock import Clock
 from infra.consensus_commit.coordinator import CoordinatorStates, StateRow
@@ -51,19 +57,16 @@ from schemas.message import Command
 
 log = structlog.get_logger()
 
-ABANDONED_AFTER_S = 30.0
-"""A workspace that nobody touched for so long, and that has not prepared, is dropped: its home is gone."""
+ENDED_REMEMBERED = 10_000
+"""How many ended transactions a participant remembers."""
 
-DEFERRED_AFTER_S = 0.01
-"""How long the reply to a batch of calls waits for its slowest item."""
-
-SILENT_AFTER_S = 10.0
-"""A prepared workspace whose coordinator said nothing for so long is decided through the state table."""
+HEALTH_TIMEOUT_S = 1.0
+"""How long a home that may be gone has to answer."""
 
 
 @dataclass(eq=False)
 class Workspace:
-    """One transaction here. `calls` counts the calls that were run; `turn` keeps them one after another."""
+    """One transaction here. `calls` counts the calls that were begun; those of one message run without a break."""
 
     tx_id: str
     home: str
@@ -72,11 +75,33 @@ class Workspace:
     owner: Owner
     touched_at_s: float
     calls: int = 0
+    calling: bool = False
     running: int = 0
+    closed: bool = False
     may_have_written: bool = False
-    turn: asyncio.Condition = field(default_factory=asyncio.Condition)
+    next_turn: list[asyncio.Future[None]] = field(default_factory=list)
+    deferred: dict[int, asyncio.Task[InvocationReply]] = field(default_factory=dict)
     phase: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One phase at a time: a roll-back that overtook its prepare would leave that prepare's records behind."""
+
+    async def take_turn(self, first: int) -> bool:
+        """Wait until the calls before number `first` have run; whether that one is next."""
+        while not self.closed and (self.calling or self.calls < first):
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.next_turn.append(turn)
+            await turn
+        self.calling = not self.closed and self.calls == first
+        return self.calling
+
+    def end_turn(self) -> None:
+        self.calling = False
+        self.wake()
+
+    def wake(self) -> None:
+        waiting, self.next_turn = self.next_turn, []
+        for turn in waiting:
+            if not turn.done():
+                turn.set_result(None)
 
 
 class Participation:
@@ -93,20 +118,24 @@ class Participation:
         storage: Storage,
         states: CoordinatorStates,
         recovery: RecoveryHandler,
+        mailroom: Mailroom,
         clock: Clock,
+        timing: Timing,
     ) -> None:
         self.actor = actor
         self.incarnation = incarnation
         self.domain = domain
         self.placement = placement
-        self.ownership = Ownership()
+        self.ownership = Ownership(patience_s=timing.patience_s)
         self._commands: dict[str, type[Command]] = {model.type_name(): model for model in domain.handlers}
         self._storage = storage
         self._states = states
         self._recovery = recovery
+        self._mailroom = mailroom
         self._clock = clock
+        self._timing = timing
         self._workspaces: dict[str, Workspace] = {}
-        self._deferred: dict[tuple[str, int], asyncio.Task[InvocationReply]] = {}
+        self._ended: dict[str, None] = {}
         self._home_incarnations: dict[str, str] = {}
         self._schemas = {table.full_name: table.schema for table in tables}
 
@@ -123,8 +152,7 @@ class Participation:
             recovery=self._recovery,
             clock=self._clock,
         )
-        owner = Owner(age, wound=lambda: None)
-        workspace = Workspace(tx_id, home, home_incarnation, records, owner, self._clock.monotonic_s())
+        workspace = Workspace(tx_id, home, home_incarnation, records, Owner(age), self._clock.monotonic_s())
         self._workspaces[tx_id] = workspace
         return workspace
 
@@ -153,47 +181,54 @@ class Participation:
         )
 
     def close(self, workspace: Workspace) -> None:
-        """Forget a transaction and let others have its keys."""
+        """Forget a transaction and let others have its keys. What still runs for it changes nothing any more."""
+        workspace.closed = True
         self.ownership.release(workspace.owner)
-        workspace.owner.wounded = True  # whatever still runs for it must not take keys again
+        workspace.wake()
         if self._workspaces.get(workspace.tx_id) is workspace:
             del self._workspaces[workspace.tx_id]
+        self._remember_end(workspace.tx_id)
+
+    def close_all(self) -> None:
+        """Let go of everything: this actor stops."""
+        for workspace in list(self._workspaces.values()):
+            self.close(workspace)
 
     # ---- what homes and coordinators ask ---------------------------------------------------------------------
 
     async def invoke(self, batch: list[Invocation]) -> list[InvocationReply | Deferred]:
         """Run the calls of each item; what waits for another transaction's keys is answered Deferred."""
         tasks = [asyncio.ensure_future(self._invoke(invocation)) for invocation in batch]
-        await asyncio.wait(tasks, timeout=DEFERRED_AFTER_S)
+        await asyncio.wait(tasks, timeout=self._timing.deferred_after_s)
         replies: list[InvocationReply | Deferred] = []
         for invocation, task in zip(batch, tasks, strict=True):
+            workspace = self._workspaces.get(invocation.tx_id)
             if task.done():
                 replies.append(task.result())
+            elif workspace is None:
+                replies.append(self._forgotten(len(invocation.calls)))
             else:
-                self._deferred[(invocation.tx_id, invocation.first)] = task
+                workspace.deferred[invocation.first] = task
                 replies.append(Deferred())
         return replies
 
     async def collect(self, ticket: Ticket) -> InvocationReply:
         """The reply to calls that were deferred, when they are done."""
-        task = self._deferred.get((ticket.tx_id, ticket.first))
-        if task is None:
-            return self._forgotten(ticket.calls)
-        try:
-            return await task
-        finally:
-            self._deferred.pop((ticket.tx_id, ticket.first), None)
+        workspace = self._workspaces.get(ticket.tx_id)
+        task = workspace.deferred.pop(ticket.first, None) if workspace is not None else None
+        return self._forgotten(ticket.calls) if task is None else await asyncio.shield(task)
 
     def _forgotten(self, calls: int) -> InvocationReply:
         forgotten = CallResult(trouble=Trouble.FORGOTTEN, trouble_detail=self.actor)
         return InvocationReply(Share(self.actor, self.incarnation, 0, False, False, ()), (forgotten,) * calls)
 
     async def _invoke(self, invocation: Invocation) -> InvocationReply:
-        """Run the calls of one turn, in order, after those of earlier turns."""
+        """Run the calls of one turn, in order, after those of earlier turns. Raises nothing."""
         self._notice_home(invocation.home, invocation.home_incarnation)
         workspace = self._workspaces.get(invocation.tx_id)
         if workspace is None:
-            if invocation.first > 0:  # we restarted, or gave the transaction up, between two of its turns
+            # Later turns: we restarted, or gave the transaction up. A first one: it was on its way for too long.
+            if invocation.first > 0 or invocation.tx_id in self._ended:
                 return self._forgotten(len(invocation.calls))
             workspace = self.open(
                 invocation.tx_id,
@@ -203,17 +238,18 @@ class Participation:
             )
         workspace.running += 1
         try:
-            async with workspace.turn:
-                await workspace.turn.wait_for(lambda: workspace.calls >= invocation.first)
+            if not await workspace.take_turn(invocation.first):
+                return self._forgotten(len(invocation.calls))
+            try:
                 results = [await self._run(workspace, invocation, call) for call in invocation.calls]
-                workspace.turn.notify_all()
+            finally:
+                workspace.end_turn()
         finally:
             workspace.running -= 1
             workspace.touched_at_s = self._clock.monotonic_s()
         return InvocationReply(self.share(workspace), tuple(results))
 
     async def _run(self, workspace: Workspace, invocation: Invocation, call: Call) -> CallResult:
-        await reach("participant.before_call")
         workspace.calls += 1
         savepoint = workspace.records.savepoint()
         work = self.work(
@@ -223,10 +259,15 @@ class Participation:
             now_ms=invocation.now_ms,
         )
         try:
+            await reach("participant.before_call")
             model = self._commands[call.type]
             command = model.model_validate_json(call.body)
-            result = await self.domain.handlers[model](work, command)
+            try:
+                result = await self.domain.handlers[model](work, command)
+            finally:
+                await work.end()
             events = await work.events()
+            await reach("participant.after_call")
         except Refused as refusal:
             workspace.records.restore(savepoint)
             return CallResult(refused=refusal.reason, details=json_safe(refusal.details))
@@ -236,7 +277,6 @@ class Participation:
             if trouble.trouble is Trouble.BROKEN:
                 log.exception("handler failed", type=call.type, command_id=invocation.command_id)
             return CallResult(trouble=trouble.trouble, trouble_detail=trouble.detail)
-        await reach("participant.after_call")
         return CallResult(result=result, events=events)
 
     async def prepare(self, request: Prepare) -> Verdict:
@@ -245,14 +285,16 @@ class Participation:
         if workspace is None:
             return verdict
         workspace.owner.prepared = True
-        workspace.may_have_written = True
-        try:
-            async with workspace.phase:
+        async with workspace.phase:
+            if workspace.closed:
+                return Verdict(Trouble.FORGOTTEN, self.actor)
+            workspace.may_have_written = True
+            try:
                 await workspace.records.prepare_records(request.prepared_at_ms)
-        except (StorageError, TransactionError) as error:
-            return _verdict(error)
-        finally:
-            workspace.touched_at_s = self._clock.monotonic_s()
+            except Exception as error:
+                return _verdict(error)
+            finally:
+                workspace.touched_at_s = self._clock.monotonic_s()
         return Verdict()
 
     async def validate(self, request: Validate) -> Verdict:
@@ -261,22 +303,28 @@ class Participation:
         if workspace is None:
             return verdict
         workspace.owner.prepared = True
-        if request.drop_writes:
-            workspace.records.drop_writes()
-        try:
-            await workspace.records.validate_records()
-        except (StorageError, TransactionError) as error:
-            return _verdict(error)
-        finally:
-            workspace.touched_at_s = self._clock.monotonic_s()
+        async with workspace.phase:
+            if workspace.closed:
+                return Verdict(Trouble.FORGOTTEN, self.actor)
+            try:
+                if request.drop_writes:
+                    workspace.records.drop_writes()
+                await workspace.records.validate_records()
+            except Exception as error:
+                return _verdict(error)
+            finally:
+                workspace.touched_at_s = self._clock.monotonic_s()
         return Verdict()
 
     async def commit(self, request: CommitRecords) -> bool:
         """The transaction is committed: bring its records to rest. False if that must be tried again by `settle`."""
         workspace = self._workspaces.get(request.tx_id)
         if workspace is None:
+            self._remember_end(request.tx_id)
             return False
         async with workspace.phase:
+            if workspace.closed:
+                return False
             try:
                 return not workspace.may_have_written or await workspace.records.commit_records(request.committed_at_ms)
             finally:
@@ -286,8 +334,11 @@ class Participation:
         """The transaction is not committed: undo its records. False if that must be tried again by `settle`."""
         workspace = self._workspaces.get(request.tx_id)
         if workspace is None:
+            self._remember_end(request.tx_id)
             return False
         async with workspace.phase:
+            if workspace.closed:
+                return False
             try:
                 return not workspace.may_have_written or await workspace.records.rollback_records()
             finally:
@@ -302,11 +353,14 @@ class Participation:
         if workspace is not None:
             async with workspace.phase:  # after a prepare that is under way; later ones find no workspace
                 self.close(workspace)
+        self._remember_end(request.tx_id)
         try:
             for namespace, name, partition in request.partitions:
                 schema = self._schemas.get(f"{namespace}.{name}")
-                if schema is not None:
-                    await self._recovery.settle_partition(schema, partition, request.tx_id, row)
+                if schema is None:
+                    log.error("a table is gone that a transaction wrote", tx_id=request.tx_id, table=name)
+                    return False
+                await self._recovery.settle_partition(schema, partition, request.tx_id, row)
         except (StorageError, TransactionError) as error:
             log.warning("settling waits", tx_id=request.tx_id, error=str(error))
             return False
@@ -317,16 +371,31 @@ class Participation:
     async def tidy(self) -> None:
         """Drop workspaces whose home is gone, decide prepared ones whose coordinator fell silent."""
         now = self._clock.monotonic_s()
+        doubtful: set[str] = set()
         for workspace in list(self._workspaces.values()):
             idle = now - workspace.touched_at_s
-            if workspace.running or self._workspaces.get(workspace.tx_id) is not workspace:
+            if workspace.running or workspace.closed:
                 continue
-            if not workspace.owner.prepared:
-                if idle > ABANDONED_AFTER_S and workspace.home != self.actor:
-                    self.close(workspace)
-            elif idle > SILENT_AFTER_S:
-                workspace.touched_at_s = now
-                await self._decide(workspace)
+            if workspace.owner.prepared:
+                if idle > self._timing.silent_after_s:
+                    workspace.touched_at_s = now
+                    await self._decide(workspace)
+            elif idle > self._timing.abandoned_after_s:
+                self.close(workspace)
+            elif idle > self._timing.homes_asked_after_s:
+                doubtful.add(workspace.home)
+        await self._ask_homes(doubtful)
+
+    async def _ask_homes(self, homes: Iterable[str]) -> None:
+        """A home that restarted, and has said nothing since, still holds keys here."""
+        for home in homes:
+            try:
+                health: Health = await asyncio.wait_for(
+                    self._mailroom.ask_alone(home, "health", None), HEALTH_TIMEOUT_S
+                )
+            except (ActorLostError, TimeoutError):
+                continue  # it may only be slow; what is abandoned for long is dropped anyway
+            self._notice_home(home, health.incarnation)
 
     async def _decide(self, workspace: Workspace) -> None:
         try:
@@ -347,19 +416,23 @@ class Participation:
             if workspace.home == home and workspace.home_incarnation != incarnation and not workspace.owner.prepared:
                 self.close(workspace)
 
+    def _remember_end(self, tx_id: str) -> None:
+        self._ended[tx_id] = None
+        if len(self._ended) > ENDED_REMEMBERED:
+            del self._ended[next(iter(self._ended))]
+
     def _look_up(self, tx_id: str, incarnation: str, calls: int) -> tuple[Workspace | None, Verdict]:
         workspace = self._workspaces.get(tx_id)
-        if workspace is None or incarnation != self.incarnation or calls != workspace.calls:
+        if workspace is None or incarnation != self.incarnation or calls != workspace.calls or workspace.calling:
             return None, Verdict(Trouble.FORGOTTEN, self.actor)
         if workspace.owner.wounded:
             return None, Verdict(Trouble.WOUNDED, self.actor)
         return workspace, Verdict()
 
 
-def json_safe(details: dict[str, Any]) -> dict[str, Any]:
-    """Details of a refusal as plain JSON values, so that first and later answers are equal."""
-    safe: dict[str, Any] = json.loads(json.dumps(details, default=str))
-    return safe
+def json_safe(value: Any) -> Any:
+    """A result, or the details of a refusal, as plain JSON values, so that first and later answers are equal."""
+    return None if value is None else json.loads(json.dumps(value, default=str))
 
 
 def _verdict(error: Exception) -> Verdict:

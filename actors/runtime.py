@@ -75,6 +75,8 @@ class Mailroom:
     def close(self) -> None:
         """Send nothing any more: what a crash does to a process's letters (local runtime only)."""
         self._closed = True
+        for address in list(self._waiting):
+            self._dispatch(address)
 
     async def ask(self, actor: str, method: str, item: Any) -> Any:
         """The reply to one item. Raises ActorLostError."""
@@ -93,8 +95,7 @@ class Mailroom:
         reply: asyncio.Future[Any] = loop.create_future()
         address = (actor, method)
         if self._closed:
-            reply.set_exception(ActorLostError(actor))
-            reply.exception()
+            _fail(reply, ActorLostError(actor))
             return reply
         queue = self._waiting.setdefault(address, [])
         queue.append((item, reply))
@@ -104,6 +105,10 @@ class Mailroom:
 
     def _dispatch(self, address: tuple[str, str]) -> None:
         queue = self._waiting.get(address)
+        if self._closed:
+            for _, reply in self._waiting.pop(address, ()):
+                _fail(reply, ActorLostError(address[0]))
+            return
         while queue and self._under_way.get(address, 0) < self._in_flight:
             batch, rest = queue[: self._max_items], queue[self._max_items :]
             self._waiting[address] = queue = rest
@@ -119,11 +124,18 @@ class Mailroom:
             for (_, future), reply in zip(batch, replies, strict=True):
                 if not future.done():
                     future.set_result(reply)
-        except Exception as error:
+        except BaseException as error:
+            answer = error if isinstance(error, Exception) else ActorLostError(f"{address[0]}: {error!r}")
             for _, future in batch:
-                if not future.done():
-                    future.set_exception(error)
-                    future.exception()  # whoever asked may have gone; that is no news for the log
+                _fail(future, answer)
+            if not isinstance(error, Exception):
+                raise
         finally:
             self._under_way[address] -= 1
             self._dispatch(address)
+
+
+def _fail(reply: asyncio.Future[Any], error: Exception) -> None:
+    if not reply.done():
+        reply.set_exception(error)
+        reply.exception()  # whoever asked may have gone; that is no news for the log

@@ -17,6 +17,7 @@ from actors.home import RetryPolicy
 from actors.incarnations import Incarnations
 from actors.messages import Trouble
 from actors.runtime import Mailroom, Placement
+from actors.timing import Timing
 from infra.clock import Clock
 from infra.consensus_commit.coordinator import CoordinatorStates
 from infra.consensus_commit.intents import IntentLog
@@ -38,6 +39,7 @@ class SystemConfig:
     max_command_bytes: int = 1 << 20
     outcome_window_ms: int = 7 * 24 * 3_600_000
     sweep_interval_s: float = 5.0
+    timing: Timing = field(default_factory=Timing)
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,20 @@ def actor_names(config: SystemConfig) -> list[str]:
 
 
 def build_actor(
-    name: str, config: SystemConfig, *, storage: Storage, mailroom: Mailroom, clock: Clock, observer: Observer
+    name: str,
+    config: SystemConfig,
+    *,
+    storage: Storage,
+    mailroom: Mailroom,
+    clock: Clock,
+    observer: Observer,
+    incarnations: Incarnations | None = None,
 ) -> Actor:
-    """The actor called `name`, not started."""
+    """The actor called `name`, not started. `incarnations` where a process is not what an actor lives and dies with."""
     kind, _, number = name.rpartition("-")
     gated = PartitionGate(storage)
-    states = CoordinatorStates(gated, clock)
-    incarnations = Incarnations(storage, clock)
+    states = CoordinatorStates(gated, clock, backoff_ms=config.timing.state_backoff_ms)
+    incarnations = incarnations or Incarnations(storage, clock)
     if kind == COORDINATOR:
         return CoordinatorActor(
             name=name,
@@ -90,6 +99,7 @@ def build_actor(
             clock=clock,
             sweep_interval_s=config.sweep_interval_s,
             state_window_ms=config.outcome_window_ms,
+            timing=config.timing,
         )
     if kind == VIEWS:
         from actors.view_actor import ViewActor
@@ -107,6 +117,7 @@ def build_actor(
         retry=config.retry,
         max_command_bytes=config.max_command_bytes,
         outcome_window_ms=config.outcome_window_ms,
+        timing=config.timing,
         on_answer=observer.on_answer,
         on_trouble=observer.on_trouble,
         on_recovered=observer.on_recovered,

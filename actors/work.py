@@ -2,12 +2,16 @@
 
 One `Work` is one handler's run. At the home it makes calls, counts their answers and gathers their events; at a
 participant it only reads and writes. It never decides anything: it has no commit.
+
+A handler may leave tasks behind (`gather` does when one of its calls is refused). Nothing that they do afterwards may
+count: `end` waits for what is under way and refuses the rest, before anybody looks at what the handler has done.
 """
 
 from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from actors.domain import Record, Refused, Table
@@ -19,19 +23,21 @@ from actors.messages import (
     Emitted,
     Invocation,
     InvocationReply,
+    Rollback,
     Share,
     Ticket,
     Trouble,
 )
 from actors.ownership import Owner, Ownership, WoundedError
 from actors.runtime import ActorLostError, Mailroom, Placement
-from infra.consensus_commit.errors import TransactionConflictError
+from infra.consensus_commit.errors import TransactionConflictError, UnknownTransactionStatusError
 from infra.consensus_commit.participant import ParticipantTransaction
 from infra.storage.errors import UnavailableStorageError, UnknownOutcomeError
-from infra.storage.operations import Bound, Scan, Value
+from infra.storage.operations import Bound, Key, Scan, Value
 from schemas.message import Command, Event
 
 R = TypeVar("R", bound=Record)
+T = TypeVar("T")
 
 CONCORD_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "urn:concord")
 """Names every id that is derived from a command rather than drawn."""
@@ -55,7 +61,7 @@ def trouble_of(error: Exception) -> TroubleError:
             return TroubleError(Trouble.WOUNDED)
         case TransactionConflictError():
             return TroubleError(Trouble.CONFLICT, str(error))
-        case UnavailableStorageError() | UnknownOutcomeError():
+        case UnavailableStorageError() | UnknownOutcomeError() | UnknownTransactionStatusError():
             return TroubleError(Trouble.UNAVAILABLE, str(error))
         case ActorLostError():
             return TroubleError(Trouble.LOST, str(error))
@@ -66,8 +72,9 @@ def trouble_of(error: Exception) -> TroubleError:
 class Calls:
     """The calls of one command to other actors: those made in one turn of the loop travel together.
 
-    Calls to one actor run in the order they were made; a failed call does not stop the others, and `drain` waits
-    for all of them, so that nothing of this attempt arrives after its end (rule 5).
+    Calls to one actor run in the order they were made; a failed call does not stop the others, and `end` waits for
+    all of them, so that nothing of this attempt arrives after its end (rule 5). `trouble` is the first that any call
+    met: what the handler made of it does not count, since it may not know what the call has done.
     """
 
     def __init__(
@@ -90,11 +97,15 @@ class Calls:
         self._unsent: dict[str, list[tuple[Call, asyncio.Future[CallResult]]]] = {}
         self._made: dict[str, int] = {}
         self._outstanding: set[asyncio.Future[Any]] = set()
+        self._ended = False
         self.shares: dict[str, Share] = {}
         self.touched: set[str] = set()
+        self.trouble: TroubleError | None = None
 
     async def make(self, command: Command) -> CallResult:
         """Run `command` where it belongs and return what came of it; raises TroubleError."""
+        if self._ended:
+            raise _over()
         actor = self._placement.actor_of(command.domain, command.routing_key)
         loop = asyncio.get_running_loop()
         result: asyncio.Future[CallResult] = loop.create_future()
@@ -107,8 +118,9 @@ class Calls:
             loop.call_soon(self._send, actor)
         return await asyncio.shield(result)
 
-    async def drain(self) -> None:
-        """Wait until every call that was made has been answered, whatever the answers are."""
+    async def end(self) -> None:
+        """Make no further call, and wait until every one that was made has been answered, whatever the answers are."""
+        self._ended = True
         while self._outstanding:
             await asyncio.wait(list(self._outstanding))
 
@@ -134,21 +146,29 @@ class Calls:
             if isinstance(answered, Deferred):
                 ticket = Ticket(invocation.tx_id, invocation.first, len(invocation.calls))
                 answered = await self._mailroom.ask_alone(actor, "collect", ticket)
+            known = self.shares.get(actor)
+            if known is None or answered.share.calls >= known.calls:
+                self.shares[actor] = answered.share
+            for future, result in zip(waiting, answered.results, strict=True):
+                if result.trouble is None:
+                    future.set_result(result)
+                else:
+                    self._fail([future], TroubleError(result.trouble, result.trouble_detail))
         except Exception as error:
-            trouble = trouble_of(error)
-            for future in waiting:
+            # The actor may live, and hold later calls of ours back until these have come.
+            self._mailroom.post(actor, "rollback", Rollback(invocation.tx_id))
+            self._fail(waiting, trouble_of(error))
+
+    def _fail(self, waiting: list[asyncio.Future[CallResult]], trouble: TroubleError) -> None:
+        self.trouble = self.trouble or trouble
+        for future in waiting:
+            if not future.done():
                 future.set_exception(trouble)
-                future.exception()  # the handler may have left already; `drain` only waits
-            return
-        known = self.shares.get(actor)
-        if known is None or answered.share.calls >= known.calls:
-            self.shares[actor] = answered.share
-        for future, result in zip(waiting, answered.results, strict=True):
-            if result.trouble is not None:
-                future.set_exception(TroubleError(result.trouble, result.trouble_detail))
-                future.exception()
-            else:
-                future.set_result(result)
+                future.exception()  # the handler may have left already; `end` only waits
+
+
+def _over() -> TroubleError:
+    return TroubleError(Trouble.WOUNDED, "the handler has ended")
 
 
 class Work:
@@ -175,6 +195,9 @@ class Work:
         self.command_id = command_id
         self.now_ms = now_ms
         self._emitted: list[list[Emitted] | tuple[Event, Table[Any], tuple[Value, ...]]] = []
+        self._ended = False
+        self._running = 0
+        self._idle: asyncio.Future[None] | None = None
 
     @property
     def tx_id(self) -> str:
@@ -185,34 +208,22 @@ class Work:
         return str(uuid.uuid5(CONCORD_NAMESPACE, "\x1f".join((self._routing_key, self.command_id, *parts))))
 
     async def get(self, table: Table[R], *key: Value) -> R | None:
-        where = table.storage_key(key, buckets=self._placement.buckets)
-        await self._ownership.acquire((table.full_name, where), self._owner)
-        row = await self._records.get(table.schema, where)
-        return None if row is None else table.from_row(row)
+        return await self._do(self._get(table, key))
 
     async def scan(self, table: Table[R], routing_key: str, *prefix: Value) -> list[R]:
-        assert table.key[0] == table.routing, f"{table.full_name} cannot be scanned by its routing key"
-        bound = Bound((routing_key, *prefix))
-        records: list[R] = []
-        for partition in table.partitions_of(routing_key, buckets=self._placement.buckets):
-            rows = await self._records.scan(Scan(table.schema, partition, start=bound, end=bound))
-            records.extend(table.from_row(row) for row in rows)
-        return sorted(records, key=table.key_of)
+        return await self._do(self._scan(table, (routing_key, *prefix)))
 
     async def insert(self, table: Table[R], record: R) -> None:
-        where = await self._own(table, table.key_of(record))
-        await self._records.insert(table.schema, where, table.to_columns(record))
+        await self._do(self._insert(table, record))
 
     async def upsert(self, table: Table[R], record: R) -> None:
-        where = await self._own(table, table.key_of(record))
-        await self._records.upsert(table.schema, where, table.to_columns(record))
+        await self._do(self._upsert(table, record))
 
     async def update(self, table: Table[R], record: R) -> None:
-        where = await self._own(table, table.key_of(record))
-        await self._records.update(table.schema, where, table.to_columns(record))
+        await self._do(self._update(table, record))
 
     async def delete(self, table: Table[Any], *key: Value) -> None:
-        await self._records.delete(table.schema, await self._own(table, key))
+        await self._do(self._delete(table, key))
 
     async def call(self, command: Command) -> dict[str, Any]:
         if self._calls is None:
@@ -226,8 +237,19 @@ class Work:
         return result.result or {}
 
     def emit(self, event: Event, about: tuple[Any, ...]) -> None:
+        if self._ended:
+            raise _over()
         table, *key = about
         self._emitted.append((event, table, tuple(key)))
+
+    async def end(self) -> None:
+        """Refuse everything from now on, and wait until what is under way has ended."""
+        self._ended = True
+        if self._calls is not None:
+            await self._calls.end()
+        while self._running:
+            self._idle = asyncio.get_running_loop().create_future()
+            await self._idle
 
     async def events(self) -> tuple[Emitted, ...]:
         """Everything emitted, in order, each with the version that its record has after the commit (rule 10)."""
@@ -251,7 +273,47 @@ class Work:
             )
         return tuple(events)
 
-    async def _own(self, table: Table[Any], key: tuple[Value, ...]) -> Any:
+    async def _do(self, operation: Coroutine[Any, Any, T]) -> T:
+        if self._ended:
+            operation.close()
+            raise _over()
+        self._running += 1
+        try:
+            return await operation
+        finally:
+            self._running -= 1
+            if self._idle is not None and not self._idle.done():
+                self._idle.set_result(None)
+
+    async def _get(self, table: Table[R], key: tuple[Value, ...]) -> R | None:
+        row = await self._records.get(table.schema, await self._own(table, key))
+        return None if row is None else table.from_row(row)
+
+    async def _scan(self, table: Table[R], prefix: tuple[Value, ...]) -> list[R]:
+        assert table.key[0] == table.routing, f"{table.full_name} cannot be scanned by its routing key"
+        bound = Bound(prefix)
+        records: list[R] = []
+        for partition in table.partitions_of(str(prefix[0]), buckets=self._placement.buckets):
+            rows = await self._records.scan(Scan(table.schema, partition, start=bound, end=bound))
+            records.extend(table.from_row(row) for row in rows)
+        return sorted(records, key=table.key_of)
+
+    async def _insert(self, table: Table[R], record: R) -> None:
+        where = await self._own(table, table.key_of(record))
+        await self._records.insert(table.schema, where, table.to_columns(record))
+
+    async def _upsert(self, table: Table[R], record: R) -> None:
+        where = await self._own(table, table.key_of(record))
+        await self._records.upsert(table.schema, where, table.to_columns(record))
+
+    async def _update(self, table: Table[R], record: R) -> None:
+        where = await self._own(table, table.key_of(record))
+        await self._records.update(table.schema, where, table.to_columns(record))
+
+    async def _delete(self, table: Table[Any], key: tuple[Value, ...]) -> None:
+        await self._records.delete(table.schema, await self._own(table, key))
+
+    async def _own(self, table: Table[Any], key: tuple[Value, ...]) -> Key:
         where = table.storage_key(key, buckets=self._placement.buckets)
         await self._ownership.acquire((table.full_name, where), self._owner)
         return where
