@@ -27,8 +27,9 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
-from infra.messaging.errors import BrokerUnavailableError, DeliveryFailedError, MessagingError, UnknownTopicError
+from infra.messaging.errors import BrokerUnavailableError, DeliveryFailedError, MessagingError
 from infra.messaging.producer import Delivery, EventProducer
+from infra.messaging.reader import end_offsets
 from schemas.envelope import OutgoingMessage, RawMessage, derived_id
 from schemas.outcome import Answer
 from schemas.topics import results_topic
@@ -278,18 +279,9 @@ class CommandClient:
             self._consumer.seek(partition, offset)
 
     async def _ends(self) -> dict[TopicPartition, int]:
-        assert self._consumer is not None
-        known = await self._consumer.topics()
-        for topic in self._topics:
-            if topic not in known:
-                raise UnknownTopicError(topic)
-        partitions = [
-            TopicPartition(topic, number)
-            for topic in self._topics
-            for number in self._consumer.partitions_for_topic(topic) or ()
-        ]
-        ends: dict[TopicPartition, int] = await self._consumer.end_offsets(partitions)
-        return ends
+        # Not by the consumer: it only knows the partitions of topics that it is assigned.
+        ends = await end_offsets(self._bootstrap, self._topics)
+        return {TopicPartition(topic, number): offset for (topic, number), offset in ends.items()}
 
     async def _disconnect(self) -> None:
         producer, self._producer = self._producer, None
