@@ -426,6 +426,17 @@ async def test_scenario_55_a_delete_that_was_not_read_has_no_one_phase_unit_unti
     assert await world.stored(1) is None
 
 
+@pytest.mark.parametrize("isolation", list(Isolation))
+async def test_scenario_55_what_was_only_read_keeps_a_serializable_transaction_from_one_phase(
+    world: World, isolation: Isolation
+) -> None:
+    participant = world.participant(isolation=isolation)
+    await participant.get(ACCOUNT, key(2))
+    await participant.insert(ACCOUNT, key(1), {"balance": 1})
+
+    assert (participant.one_phase_unit() is None) == (isolation is Isolation.SERIALIZABLE)
+
+
 async def test_scenario_55_two_partitions_are_two_units_where_the_storage_says_so(world: World) -> None:
     participant = world.participant()
     await participant.insert(ACCOUNT, key(1, partition=1), {"balance": 1})

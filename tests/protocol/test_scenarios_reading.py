@@ -5,12 +5,15 @@ Index reads, scans of all partitions and READ_COMMITTED are not in the engine ye
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
-from protocol_world import ACCOUNT, World, key, row, whole
+from protocol_world import ABORTED, ACCOUNT, COMMITTED, World, key, row, whole
 
 from infra.consensus_commit.errors import IllegalOperationError, ValidationConflictError
-from infra.consensus_commit.states import Isolation
-from infra.storage.operations import Bound, ColumnCondition, Operator, Scan
+from infra.consensus_commit.states import Isolation, TransactionState
+from infra.consensus_commit.transaction import Transaction
+from infra.storage.operations import Bound, ColumnCondition, Operator, Row, Scan
 
 EVERY_SCAN = {
     "whole": whole(),
@@ -59,6 +62,22 @@ async def test_scenario_03_an_absence_once_read_stays_absent(world: World) -> No
     await world.given({1: 10})
 
     assert await transaction.get(ACCOUNT, key(1)) is None
+
+
+async def test_scenario_03_of_two_gets_at_once_the_first_to_be_answered_counts_for_both(world: World) -> None:
+    await world.given({1: 10})
+    transaction = world.begin(Isolation.SNAPSHOT)
+
+    async def be_overtaken() -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+        await world.commits(lambda other: other.update(ACCOUNT, key(1), {"balance": 11}))
+
+    world.storage.visit_before(lambda call: call.method == "get", be_overtaken)
+
+    found = await asyncio.gather(transaction.get(ACCOUNT, key(1)), transaction.get(ACCOUNT, key(1)))
+
+    assert found == [row(1, 10), row(1, 10)]
 
 
 @pytest.mark.parametrize("isolation", list(Isolation))
@@ -118,6 +137,23 @@ async def test_scenario_05_a_limit_counts_records_that_are_there(world: World) -
     world.expire()
 
     assert await world.begin().scan(Scan(ACCOUNT, (1,), limit=2)) == [row(2, 20), row(4, 40)]
+
+
+@pytest.mark.parametrize(("decided", "expected"), [(ABORTED, [row(2, 60)]), (COMMITTED, [row(1, 99)])])
+async def test_scenario_05_a_condition_is_asked_of_the_image_that_counts(
+    world: World, decided: TransactionState, expected: list[Row]
+) -> None:
+    """Of a PREPARED record neither image may be filtered by the storage: only the state row says which counts."""
+    await world.given({1: 10, 2: 60})
+
+    async def swap(dead: Transaction) -> None:
+        await dead.update(ACCOUNT, key(1), {"balance": 99})
+        await dead.update(ACCOUNT, key(2), {"balance": 5})
+
+    await world.orphan(swap, decided)
+
+    scan = Scan(ACCOUNT, (1,), where=(ColumnCondition("balance", Operator.GE, 50),))
+    assert await world.begin().scan(scan) == expected
 
 
 async def test_scenario_05_a_record_that_a_scanner_returned_is_what_a_write_is_conditional_on(world: World) -> None:

@@ -177,11 +177,12 @@ async def test_scenario_31_two_puts_merge_their_columns(world: World) -> None:
     assert await world.begin().get(ACCOUNT, key(1)) == row(1, 2, "first")
 
 
-async def test_scenario_31_what_follows_an_insert_stays_an_insert(world: World) -> None:
+@pytest.mark.parametrize("change", ["upsert", "update", "put"])
+async def test_scenario_31_what_follows_an_insert_stays_an_insert(world: World, change: str) -> None:
     transaction = world.begin()
     await transaction.insert(ACCOUNT, key(1), {"balance": 1, "note": "inserted"})
-    await transaction.upsert(ACCOUNT, key(1), {"balance": 2})
-    await transaction.update(ACCOUNT, key(1), {"balance": 3})
+    await getattr(transaction, change)(ACCOUNT, key(1), {"balance": 2})
+    assert await transaction.get(ACCOUNT, key(1)) == row(1, 2, "inserted")
     await world.given({1: 10})
 
     with pytest.raises(PreparationConflictError):
