@@ -203,6 +203,19 @@ async def test_scenario_49_an_unavailable_state_table_decides_nothing_and_says_s
     assert await world.balances() == BEFORE_MOVE
 
 
+async def test_scenario_49_what_was_surely_not_committed_is_aborted_as_soon_as_the_state_table_serves_again(
+    world: World, moving: Transaction
+) -> None:
+    world.storage.fail(Kind.UNAVAILABLE, state_writes(world), times=5)
+
+    with pytest.raises(UnavailableStorageError):
+        await moving.commit()
+
+    assert await world.state_rows() == {moving.tx_id: ABORTED}
+    assert await world.in_doubt() == 0
+    assert await world.balances() == BEFORE_MOVE
+
+
 @pytest.mark.parametrize("kind", [Kind.UNAVAILABLE, Kind.LOST, Kind.UNANSWERED])
 @pytest.mark.parametrize("stored", [STORED_ACCOUNT, STORED_STOCK], ids=["first", "second"])
 async def test_scenario_50_when_committing_records_fails_the_commit_stands_and_a_reader_completes_it(
