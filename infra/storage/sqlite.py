@@ -36,6 +36,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -273,6 +274,7 @@ class _NamespaceFile:
         self._writer: sqlite3.Connection | None = None
         self._waiting: deque[_Batch] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._written_file: tuple[int, int] | None = None  # device and number of the file that the writer has open
         self._shift: object = None  # whose turn it is to write: one for each run of the task
         self._is_suspect = False  # the writing connection was left in the middle of something
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"sqlite-{path.stem}")
@@ -388,10 +390,13 @@ class _NamespaceFile:
         """Take the file's write lock: at once if it is free, else on the thread, where waiting blocks nobody."""
         if self._writer is not None and not self._is_suspect:
             try:
+                if self._identity() != self._written_file:
+                    raise _ReplacedFileError("the file was removed or replaced while it was in use")
                 self._writer.execute("BEGIN IMMEDIATE")
                 return self._writer
             except sqlite3.Error as error:
                 if not _is_busy(error):
+                    self._drop_reader()
                     await self.in_thread(self._drop_writer)
                     raise
         connection = await self.in_thread(self._open_and_begin)
@@ -401,7 +406,7 @@ class _NamespaceFile:
     def _open_and_begin(self) -> sqlite3.Connection:
         patience = _Patience(self._lock_timeout_ms)
         if self._writer is None:
-            self._writer = patience.retry(lambda: _connect(self.path, "rw", self._max_pages))
+            self._writer = patience.retry(self._open_writer)
         writer = self._writer
         try:
             patience.retry(lambda: writer.execute("BEGIN IMMEDIATE"))
@@ -410,6 +415,26 @@ class _NamespaceFile:
                 self._drop_writer()
             raise
         return writer
+
+    def _open_writer(self) -> sqlite3.Connection:
+        """A connection to a file that is still ours: its tables were looked up on another connection."""
+        connection = _connect(self.path, "rw", self._max_pages)
+        try:
+            self._written_file = self._identity()
+            if connection.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
+                raise _ReplacedFileError("the file was replaced by another while it was in use")
+        except sqlite3.Error:
+            connection.close()
+            raise
+        return connection
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Which file the path leads to: a removed one would swallow writes without a word."""
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
 
     def _next_group(self) -> list[_Batch]:
         """The batches that waited longest, as many as one group may hold. The cancelled ones are passed over."""
@@ -444,10 +469,15 @@ class _NamespaceFile:
         """Let go of the file in whatever state it is; the thread may still be at work in it."""
         self._task = self._shift = None
         self._is_suspect = True
-        self._thread.submit(self._drop_writer)
+        with suppress(RuntimeError):  # the interpreter is shutting down, and closes the connection with it
+            self._thread.submit(self._drop_writer)
         for batch in self._waiting:
             batch.settle(UnavailableStorageError(f"writing {self.path} was interrupted before this batch"))
         self._waiting.clear()
+
+
+class _ReplacedFileError(sqlite3.Error):
+    """What SQLite does not notice by itself."""
 
 
 class _Patience:
@@ -530,7 +560,6 @@ def _connect(path: Path, mode: str, max_pages: int | None) -> sqlite3.Connection
 
 def _prepare_file(connection: sqlite3.Connection, path: Path) -> None:
     """Turn a new file into one of ours, as far as that happens outside of a transaction."""
-    _is_new(path, *(connection.execute(query).fetchone()[0] for query in _HEADER_QUERIES))
     [journal_mode] = connection.execute("PRAGMA journal_mode = WAL").fetchone()
     if journal_mode != "wal":
         raise UnavailableStorageError(
@@ -614,6 +643,8 @@ def _translated(error: Exception, path: Path) -> StorageError:
     code = _code(error)
     if code == sqlite3.SQLITE_TOOBIG or isinstance(error, OverflowError):
         return InvalidOperationError("a value is larger than SQLite can hold")
+    if isinstance(error, _ReplacedFileError):
+        return UnavailableStorageError(f"{path}: {error}", remedy=f"put {path} back, or start again with what is there")
     remedy = _REMEDIES.get(code, "see what SQLite reports about {path}").format(path=path)
     return UnavailableStorageError(f"{path}: {error}", remedy=remedy)
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -175,6 +176,33 @@ async def test_a_write_left_behind_by_a_closed_loop_does_not_keep_the_file_locke
     await storage.close()
     await other.mutate(count("d"))
     await other.close()
+    gc.collect()
+
+
+async def test_the_remains_of_a_closed_loop_disturb_no_later_write(directory: Path):
+    storage = SqliteStorage(directory, lock_timeout_ms=5_000)
+    await storage.create_table(COUNTERS)
+
+    def abandon() -> asyncio.Task[None]:
+        loop = asyncio.new_event_loop()
+        left_behind = loop.create_task(storage.mutate(count("a")))
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        return left_behind
+
+    with closing(sqlite3.connect(directory / "shop.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        remains = await asyncio.to_thread(abandon)
+        later = asyncio.create_task(storage.mutate(count("b")))
+        await asyncio.sleep(0)
+        del remains
+        gc.collect()
+        other.execute("ROLLBACK")
+    await later
+
+    assert ("b",) in await storage.partitions(COUNTERS)
+    await storage.close()
+    gc.collect()
 
 
 async def test_closing_finishes_the_writes_that_wait(storage: SqliteStorage, directory: Path):
@@ -198,6 +226,19 @@ async def test_a_closed_storage_refuses_further_calls(storage: SqliteStorage):
         await storage.get(COUNTERS, Key(("a",)))
     with pytest.raises(InvalidOperationError, match="closed"):
         await storage.mutate(count("a"))
+
+
+async def test_the_log_is_flushed_at_every_commit(directory: Path):
+    """Nothing less than FULL survives a loss of power; processes that are killed cannot tell the difference."""
+    storage = SqliteStorage(directory)
+    await storage.create_table(COUNTERS)
+    await storage.mutate(count("a"))
+
+    [file] = storage._files.values()
+    assert file._writer is not None
+    assert file._writer.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert file._writer.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    await storage.close()
 
 
 # Group commit
@@ -300,6 +341,15 @@ async def test_a_writer_that_waits_for_a_lock_holds_up_nothing_else(storage: Sql
 # Several processes
 
 
+async def test_many_may_create_the_same_file_at_once(tmp_path: Path):
+    for attempt in range(5):
+        storages = [SqliteStorage(tmp_path / str(attempt)) for _ in range(8)]
+        await asyncio.gather(*(each.create_table(table) for each in storages for table in (COUNTERS, LANES)))
+        for each in storages:
+            assert await each.tables() == [COUNTERS, LANES]
+        await asyncio.gather(*(each.close() for each in storages))
+
+
 async def test_increments_of_several_processes_are_all_counted(directory: Path):
     """They also start at once on a directory that does not exist yet, and create the same table."""
     processes = [start("increment", directory, 25) for _ in range(3)]
@@ -352,7 +402,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path | None]:
         is_mounted = False
     yield directory if is_mounted else None
     if is_mounted:
-        subprocess.run(["umount", str(directory)], check=True)
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
 async def fill(storage: SqliteStorage) -> tuple[int, list[StorageError]]:
@@ -498,6 +548,10 @@ async def test_a_file_that_is_no_database_is_named_and_left_alone(
     await expect_unavailable(storage, directory / "shop.db")
 
     assert (directory / "shop.db").read_bytes() == content
+    (directory / "shop.db").rename(directory / "moved away")
+    await storage.create_table(COUNTERS)
+    await storage.mutate(count("a", 1))
+    assert await storage.get(COUNTERS, Key(("a",))) == {"id": "a", "value": 1}
 
 
 async def test_another_programs_database_is_named_and_left_alone(storage: SqliteStorage, directory: Path):
@@ -521,6 +575,29 @@ async def test_a_file_of_a_future_format_is_refused(directory: Path):
     later = SqliteStorage(directory)
     await expect_unavailable(later, directory)
     await later.close()
+
+
+@pytest.mark.parametrize("replacement", [None, b"", b"something else"])
+async def test_a_file_that_was_taken_away_swallows_no_write(
+    storage: SqliteStorage, directory: Path, replacement: bytes | None
+):
+    await storage.create_table(COUNTERS)
+    await storage.mutate(count("a", 1))
+    for file in directory.iterdir():
+        file.rename(file.with_name(f"away-{file.name}"))
+    if replacement is not None:
+        (directory / "shop.db").write_bytes(replacement)
+
+    for _ in range(2):
+        with pytest.raises(UnavailableStorageError) as caught:
+            await storage.mutate(count("a", 2))
+        assert str(directory / "shop.db") in caught.value.remedy
+
+    (directory / "shop.db").unlink(missing_ok=True)
+    for file in directory.glob("away-*"):
+        file.rename(file.with_name(file.name.removeprefix("away-")))
+    await storage.mutate(count("b", 3))
+    assert await storage.get(COUNTERS, Key(("a",))) == {"id": "a", "value": 1}
 
 
 async def test_a_damaged_file_is_named_with_its_remedy(directory: Path):
