@@ -78,6 +78,9 @@ ANSWER_WITHIN_S = 5.0
 PAUSES_S = (0.5, 30.0)
 """The first and the longest pause before a part that ended is started again; doubled from one to the other."""
 
+FUTILE_STARTS = 4
+"""A worker that ends so often without ever having been ready makes the start of the system fail."""
+
 STEADY_AFTER_S = 60.0
 """A part that lived so long before it ended begins with the first pause again."""
 
@@ -246,6 +249,9 @@ class _Supervisor:
     async def _wait_until_ready(self) -> None:
         until_s = time.monotonic() + READY_WITHIN_S
         while not self._readiness()["ready"]:
+            for worker in self._workers:
+                if worker.ended_unready >= FUTILE_STARTS:
+                    raise StartFailedError(f"{worker.name} ends whenever it is started. It wrote to {worker.log_path}.")
             if time.monotonic() > until_s:
                 state = self._readiness()
                 waiting = [name for name in ("kafka", "actors", "workers") if not _all_ready(state[name])]
@@ -472,6 +478,8 @@ class _Worker:
         self.name = name
         self.renewing = False
         self.state = "down"
+        self.ended_unready = 0
+        self.log_path = directory / "logs" / f"{name}.log"
         self._directory = directory
         self._health_port = health_port
         self._process: ChildProcess | None = None
@@ -494,12 +502,13 @@ class _Worker:
                 *("--health-port", str(self._health_port)),
             ],
             env={**os.environ, **metrics_environment(self._directory / "metrics")},
-            log_path=self._directory / "logs" / f"{self.name}.log",
+            log_path=self.log_path,
         )
 
     async def wait(self) -> int:
         assert self._process is not None
         code = await self._process.wait()
+        self.ended_unready += 0 if self.ready else 1
         self.state = "down"
         return code
 
@@ -517,6 +526,7 @@ class _Worker:
         try:
             async with session.get(f"http://{preflight.HOST}:{self._health_port}/readyz") as response:
                 self.state = "ready" if response.status == 200 else "starting"
+                self.ended_unready = 0 if self.ready else self.ended_unready
         except (aiohttp.ClientError, TimeoutError, OSError):
             self.state = "silent"
 
