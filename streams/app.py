@@ -141,6 +141,7 @@ class StreamWorker:
         self._observer = observer or WorkerObserver()
         self._end = end
         self._assigned: set[Partition] | None = None
+        self._faust_worker: _Worker | None = None
         self._kinds: list[Pipelines] = []
         self._app = build_faust_app(options)
         self._acknowledger = Acknowledger(self._acknowledge, interval_s=options.acknowledge_every_s)
@@ -148,7 +149,7 @@ class StreamWorker:
             options.bootstrap_servers, client_id=options.name, delivery_timeout_ms=options.delivery_timeout_ms
         )
         self._lag = LagMonitor(
-            assigned=lambda: self._assigned or set(),
+            assigned=lambda: self.assigned,
             finished=self._finished_until,
             progress=self.progress,
             end_offsets=self._end_offsets,
@@ -164,13 +165,13 @@ class StreamWorker:
             name=options.name,
             runtime=runtime,
             actors=[*options.placement.actors(), *([VIEW_ACTOR] if options.projected_domain else [])],
-            assignment_known=lambda: self._assigned is not None,
+            assignment_known=lambda: self.ready,
             states=self._lag.states,
             metrics_page=self._observer.page,
         )
 
-    async def run(self) -> None:
-        """Until SIGTERM or SIGINT. Raises what keeps the worker from starting, or what crashed Faust."""
+    async def run(self, *, handle_signals: bool = True) -> None:
+        """Until SIGTERM or SIGINT, or `stop`. Raises what keeps the worker from starting, or what crashed Faust."""
         options = self._options
         options.work_dir.mkdir(parents=True, exist_ok=True)  # Faust makes its own folder, but not those above
         async with AsyncExitStack() as stack:
@@ -187,13 +188,28 @@ class StreamWorker:
                 runtime=self._runtime,
                 placement=options.placement,
                 producer=self._producer,
-                assigned=lambda: self._assigned or set(),
+                assigned=lambda: self.assigned,
                 now_ms=self._clock.now_ms,
                 interval_s=options.timers_every_s,
             )
             jobs = (self._acknowledger.run(), timers.run(), self._lag.run(), self._beat())
             await stack.enter_async_context(_background(*map(self._guarded, jobs)))
-            await self._run_faust()
+            await self._run_faust(handle_signals=handle_signals)
+
+    def stop(self) -> None:
+        """Begin to stop, as SIGTERM does; `run` returns when that is done."""
+        if self._faust_worker is not None:
+            self._faust_worker.begin_stop()
+
+    @property
+    def assigned(self) -> set[Partition]:
+        """The partitions that this worker has now."""
+        return self._assigned or set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the group has assigned partitions (or none, where others have them all)."""
+        return self._assigned is not None
 
     # --- what Pipelines ask of Kafka's client (partitions.Source) -------------------------------------------------
 
@@ -211,12 +227,13 @@ class StreamWorker:
 
     # --- Faust ------------------------------------------------------------------------------------------------------
 
-    async def _run_faust(self) -> None:
-        worker = _Worker(self._app, loop=asyncio.get_running_loop())
+    async def _run_faust(self, *, handle_signals: bool) -> None:
+        worker = _Worker(self._app, loop=asyncio.get_running_loop(), handle_signals=handle_signals)
+        self._faust_worker = worker
         try:
-            await worker.start()
+            await worker.start()  # returns as soon as a stop has begun
         finally:
-            await worker.stop()
+            await worker.stopped()
         if worker.crash_reason is not None:
             raise worker.crash_reason
 
@@ -376,16 +393,25 @@ class _Worker(faust.Worker):
     The title matters: it is written over the process's environment, by which a system finds its processes.
     """
 
-    def __init__(self, app: faust.App, *, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, app: faust.App, *, loop: asyncio.AbstractEventLoop, handle_signals: bool) -> None:
         super().__init__(app, loop=loop, redirect_stdouts=False, override_logging=False, quiet=True)
         self.spinner = None
+        self._handle_signals = handle_signals
 
     def _setproctitle(self, info: str, *, ident: str = "") -> None:
         pass
 
+    async def stopped(self) -> None:
+        """Until the stop that a signal began has ended; begins one if there was none."""
+        await (self._signal_stop_future or self.stop())
+
     def _install_signal_handlers_unix(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.loop.add_signal_handler(number, self._schedule_shutdown, number)
+        if self._handle_signals:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.loop.add_signal_handler(number, self._schedule_shutdown, number)
+
+    def begin_stop(self) -> None:
+        self._schedule_shutdown(signal.SIGTERM)
 
 
 @asynccontextmanager

@@ -37,7 +37,7 @@ class LagMonitor:
     end_offsets: Callable[[Iterable[Partition]], Awaitable[Mapping[Partition, int]]]
     first_offset: Callable[[Partition, int], Awaitable[int | None]]
     interval_s: float = 2.0
-    within_s: float = 5.0
+    within_s: float = 20.0
     suspicious_after: int = 5
     _lag: dict[Partition, int] = field(default_factory=dict)
     _idle_looks: dict[Partition, int] = field(default_factory=dict)

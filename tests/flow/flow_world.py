@@ -7,13 +7,14 @@ kept in a file that several worker processes share.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +30,22 @@ from infra.messaging.topics import TopicSpec, ensure_topics
 from schemas.envelope import RawMessage
 from schemas.outcome import Answer, EmittedEvent
 from schemas.topics import TopicRole, topic_name
+from streams.app import StreamWorker, WorkerOptions
+from streams.asking import Patience
+from streams.partitions import Limits
 
 HERE = Path(__file__).parent
 NAMESPACE = uuid.UUID(int=7)
+
+
+async def until(condition: Callable[[], Any], *, within_s: float = 30.0, every_s: float = 0.02) -> None:
+    """Wait until `condition()`, a value or an awaitable, is true. TimeoutError if that takes longer than `within_s`."""
+    async with asyncio.timeout(within_s):
+        while True:
+            held = condition()
+            if await held if inspect.isawaitable(held) else held:
+                return
+            await asyncio.sleep(every_s)
 
 
 def command_id(raw: RawMessage) -> str:
@@ -80,8 +94,7 @@ class RememberingRuntime:
     lose_next: int = 0
 
     async def ask(self, actor: str, method: str, items: Sequence[Any]) -> list[Any]:
-        while self.deaf is not None and self.deaf.exists():
-            await asyncio.sleep(0.02)
+        await until(lambda: self.deaf is None or not self.deaf.exists(), within_s=3600)
         match method:
             case "health":
                 return [Health(actor, "1", os.getpid(), 0) for _ in items]
@@ -100,8 +113,7 @@ class RememberingRuntime:
         try:
             await asyncio.sleep(0)
             if any((raw.value or b"").startswith(b"hold") for raw in messages):
-                while self.hold is not None and self.hold.exists():
-                    await asyncio.sleep(0.01)
+                await until(lambda: self.hold is None or not self.hold.exists(), within_s=3600)
         finally:
             self.open_batches[partition] -= 1
         if self.lose_next:
@@ -152,6 +164,7 @@ class FlowWorld:
     partitions: int = 2
     domain: str = field(default_factory=lambda: "d" + uuid.uuid4().hex[:10])
     workers: list[WorkerProcess] = field(default_factory=list)
+    local: list[LocalWorker] = field(default_factory=list)
 
     @property
     def journal_path(self) -> Path:
@@ -198,9 +211,10 @@ class FlowWorld:
         return [header(record, "ce_causationid") for record in await self.read(TopicRole.RESULTS)]
 
     async def wait_for_results(self, ids: set[str], *, within_s: float = 30.0) -> None:
-        async with asyncio.timeout(within_s):
-            while not ids <= set(await self.result_ids()):
-                await asyncio.sleep(0.1)
+        async def are_there() -> bool:
+            return ids <= set(await self.result_ids())
+
+        await until(are_there, within_s=within_s, every_s=0.1)
 
     async def acknowledged(self) -> dict[int, int]:
         """The group's offsets of the command topic, by partition."""
@@ -208,25 +222,79 @@ class FlowWorld:
         return {number: offset for (topic, number), offset in offsets.items() if topic.endswith(".commands")}
 
     async def wait_for_acknowledged(self, total: int, *, within_s: float = 15.0) -> None:
-        async with asyncio.timeout(within_s):
-            while sum((await self.acknowledged()).values()) < total:
-                await asyncio.sleep(0.1)
+        async def are_there() -> bool:
+            return sum((await self.acknowledged()).values()) >= total
+
+        await until(are_there, within_s=within_s, every_s=0.1)
 
     def journal(self) -> list[dict[str, Any]]:
         if not self.journal_path.exists():
             return []
         return [json.loads(line) for line in self.journal_path.read_text().splitlines()]
 
-    async def start_worker(self, name: str = "worker-0", **settings: Any) -> WorkerProcess:
-        """Start a worker process and wait until the group has given it partitions."""
+    def spawn_worker(self, name: str = "worker-0", **settings: Any) -> WorkerProcess:
         worker = WorkerProcess(self, name, settings)
         self.workers.append(worker)
+        return worker
+
+    async def start_local(self, name: str = "worker-0", **settings: Any) -> LocalWorker:
+        """A worker in this process, for tests that kill nothing."""
+        worker = LocalWorker(self, name, settings)
+        self.local.append(worker)
+        await until(lambda: worker.stream_worker.ready or worker.run.done())
+        return worker
+
+    async def start_worker(self, name: str = "worker-0", **settings: Any) -> WorkerProcess:
+        """Start a worker process and wait until the group has given it partitions."""
+        worker = self.spawn_worker(name, **settings)
         await worker.ready()
         return worker
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
+        self.hold_path.unlink(missing_ok=True)
+        self.deaf_path.unlink(missing_ok=True)
         for worker in self.workers:
             worker.kill()
+        for local in self.local:
+            await local.stop()
+
+
+class LocalWorker:
+    """A StreamWorker in this process. `ends` gets the exit codes with which it would have ended its process."""
+
+    def __init__(self, world: FlowWorld, name: str, settings: dict[str, Any]) -> None:
+        self.ends: list[int] = []
+        runtime = settings.pop("runtime", None) or RememberingRuntime(
+            world.journal_path, world.hold_path, world.deaf_path
+        )
+        self.stream_worker = StreamWorker(
+            worker_options(world.bootstrap_servers, world.domain, world.group, name, world.directory, settings),
+            runtime,
+            end=self.ends.append,
+        )
+        self.run = asyncio.ensure_future(self.stream_worker.run(handle_signals=False))
+
+    async def stop(self) -> None:
+        self.stream_worker.stop()
+        await self.run
+
+
+def worker_options(
+    bootstrap_servers: str, domain: str, group: str, name: str, directory: Path, settings: dict[str, Any]
+) -> WorkerOptions:
+    """`settings` are fields of WorkerOptions; limits and patience are mappings."""
+    made = {"projected_domain": "", **settings}
+    made["limits"] = Limits(**made.get("limits", {}))
+    made["patience"] = Patience(**made.get("patience", {}))
+    return WorkerOptions(
+        bootstrap_servers=bootstrap_servers,
+        name=name,
+        domains=(domain,),
+        placement=placement_of(domain),
+        work_dir=directory,
+        consumer_group=group,
+        **made,
+    )
 
 
 class WorkerProcess:
@@ -260,10 +328,11 @@ class WorkerProcess:
         return self.log_path.read_text()
 
     async def ready(self, *, within_s: float = 40.0) -> None:
-        async with asyncio.timeout(within_s):
-            while (await self.get("/readyz"))[0] != 200:
-                assert self.process.poll() is None, self.log
-                await asyncio.sleep(0.05)
+        async def is_ready() -> bool:
+            assert self.process.poll() is None, self.log
+            return (await self.get("/readyz"))[0] == 200
+
+        await until(is_ready, within_s=within_s, every_s=0.05)
 
     async def get(self, path: str) -> tuple[int, dict[str, Any]]:
         """Status and JSON of one of the worker's pages; status 0 while it does not listen."""
@@ -279,9 +348,7 @@ class WorkerProcess:
             return 0, {}
 
     async def exit_code(self, *, within_s: float = 30.0) -> int:
-        async with asyncio.timeout(within_s):
-            while self.process.poll() is None:
-                await asyncio.sleep(0.02)
+        await until(lambda: self.process.poll() is not None, within_s=within_s)
         return self.process.returncode
 
     def kill(self) -> None:
@@ -305,4 +372,4 @@ async def flow_world(bootstrap_servers: str, directory: Path, *, partitions: int
     try:
         yield world
     finally:
-        world.stop()
+        await world.stop()
