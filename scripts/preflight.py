@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from scripts.cli.system import lock_path
 MIN_FREE_MB = 512
 HOST = "127.0.0.1"
 
-PORTS = (
+PORTS: tuple[tuple[str, str, Callable[[Settings], int]], ...] = (
     ("CONCORD_HTTP_PORT", "metrics and health", lambda settings: settings.http_port),
     ("CONCORD_DASHBOARD_PORT", "the Ray dashboard", lambda settings: settings.dashboard_port),
     ("CONCORD_KAFKA__PORT", "Kafka", lambda settings: settings.kafka.port),

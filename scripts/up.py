@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import sys
@@ -166,6 +167,7 @@ class _Supervisor:
             progress=progress,
         )
         self._bootstrap_servers = ""
+        self._kafka_serves = False
         # Ray's processes are tied to the thread that starts them, so that thread must live as long as this process.
         self._ray_thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
         self._ray_starting: asyncio.Future[RayCluster] | None = None
@@ -225,6 +227,7 @@ class _Supervisor:
     async def _start_kafka(self) -> None:
         self._bootstrap_servers = await self._kafka.start()
         await ensure_topics(self._bootstrap_servers, kafka_topics(self._settings))
+        self._kafka_serves = True
 
     async def _start_ray(self) -> RayCluster:
         dashboard_port = self._settings.dashboard_port or preflight.free_port()
@@ -233,6 +236,7 @@ class _Supervisor:
         def start() -> RayCluster:
             from actors.ray_runtime import start_cluster
 
+            _quiet_ray()
             return start_cluster(
                 system_config(self._settings),
                 storage_url=self._settings.storage_url,
@@ -280,6 +284,7 @@ class _Supervisor:
         pauses = _Pauses()
         while True:
             code = await self._kafka.wait()
+            self._kafka_serves = False
             log.error("kafka_ended", exit_code=code)
             while True:
                 await asyncio.sleep(pauses.next())
@@ -289,6 +294,7 @@ class _Supervisor:
                     log.error("kafka_does_not_start", error=str(error))
                 else:
                     break
+            self._kafka_serves = True
             log.warning("kafka_restarted", bootstrap_servers=servers)
             if servers != self._bootstrap_servers:  # its port was taken meanwhile
                 self._bootstrap_servers = servers
@@ -410,9 +416,8 @@ class _Supervisor:
         cluster, self._cluster = self._cluster, None
         if cluster is not None:
             await asyncio.get_running_loop().run_in_executor(self._ray_thread, cluster.stop)
-        ours = {self._kafka.pid, *(worker.pid for worker in self._workers)}
         for pid in guard.marked(self._run):
-            if pid not in ours:
+            if _is_of_ray(pid):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -425,7 +430,7 @@ class _Supervisor:
     # --- what others see ------------------------------------------------------------------------------------------
 
     def _readiness(self) -> dict[str, Any]:
-        kafka = bool(self._bootstrap_servers) and self._kafka.pid is not None
+        kafka = self._kafka_serves and self._kafka.pid is not None
         actors = {name: trouble or "ready" for name, trouble in self._actors.items()}
         workers = {worker.name: worker.state for worker in self._workers}
         ready = kafka and bool(actors) and _all_ready(actors) and _all_ready(workers)
@@ -468,7 +473,7 @@ class _Supervisor:
         )
 
     def _ray_core(self) -> list[int]:
-        return [pid for pid in guard.marked(self._run) if _program(pid) in _RAY_CORE]
+        return [pid for pid in guard.marked(self._run) if Path(_command_line(pid)[0]).name in _RAY_CORE]
 
 
 class _Worker:
@@ -552,17 +557,36 @@ def _all_ready(states: dict[str, str]) -> bool:
     return all(state == "ready" for state in states.values())
 
 
-def _program(pid: int) -> str:
+def _command_line(pid: int) -> list[str]:
     try:
-        return Path(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode("utf-8", "replace")).name
-    except OSError:
-        return ""
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+    except OSError:  # gone meanwhile
+        return [""]
+
+
+def _is_of_ray(pid: int) -> bool:
+    """Ray's processes run its files, or have a title that begins with its name."""
+    line = _command_line(pid)
+    return line[0].startswith("ray::") or any("/ray/" in word for word in line)
+
+
+def _quiet_ray() -> None:
+    """Let Ray's logger, which has handlers of its own from its import on, speak through ours, and of trouble only."""
+    logger = logging.getLogger("ray")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.ERROR)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 async def _first_to_end(pids: list[int]) -> None:
     """Until one of these processes, which are not our children to wait for, has ended. Of none: for ever."""
     loop = asyncio.get_running_loop()
-    ended = loop.create_future()
+    ended: asyncio.Future[None] = loop.create_future()
     descriptors = []
     try:
         for pid in pids:
@@ -570,7 +594,7 @@ async def _first_to_end(pids: list[int]) -> None:
                 descriptors.append(os.pidfd_open(pid))
             except ProcessLookupError:
                 return
-            loop.add_reader(descriptors[-1], lambda: ended.done() or ended.set_result(None))
+            loop.add_reader(descriptors[-1], _resolve, ended)
         await ended
     finally:
         for descriptor in descriptors:

@@ -6,6 +6,7 @@ The supervisor, the workers and the command line build what they need here, so t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from actors.domain import Domain, Table
 from actors.home import RetryPolicy
@@ -91,9 +92,9 @@ def domains(settings: Settings) -> list[Domain]:
     return list(load_domains(system_config(settings)).values())
 
 
-def domain_tables(settings: Settings) -> list[Table]:
+def domain_tables(settings: Settings) -> list[Table[Any]]:
     """Every transactional table: those of the domains, and the outcomes of each."""
-    found: dict[str, Table] = {}
+    found: dict[str, Table[Any]] = {}
     for domain in domains(settings):
         for table in (*domain.tables, outcomes_of(domain.name)):
             found[table.full_name] = table

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -162,7 +163,7 @@ class CommandClient:
                 self._give_up(submitted, error)
                 continue
             submitted.sent = True
-            delivery.add_done_callback(lambda done, submitted=submitted: self._on_delivery(submitted, done))
+            delivery.add_done_callback(partial(self._on_delivery, submitted))
             if self._failed:
                 return
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -44,6 +45,8 @@ def command(app: typer.Typer, name: str) -> Callable[[Function], Function]:
 
 
 def _guarded(function: Callable[..., Any], *arguments: Any, **options: Any) -> ExitCode | int:
+    # What the Kafka client logs about an absent broker, the command says itself, once and with the remedy.
+    logging.getLogger("aiokafka").addHandler(logging.NullHandler())
     try:
         code = function(*arguments, **options)
     except KeyboardInterrupt:

@@ -300,7 +300,7 @@ def _order(invoice: Invoice) -> list[Planned] | Skipped:
         return Skipped(invoice.number, "a negative price")
     commands = []
     if sold:
-        body = {
+        body: dict[str, Any] = {
             "order_id": invoice.number,
             "customer_id": invoice.customer_id,
             "lines": [_order_line(line) for line in sold],
