@@ -199,12 +199,9 @@ def decode_headers(headers: Iterable[Header]) -> Envelope:
 
 def _envelope(ours: dict[str, bytes | None], repeated: set[str], extra: tuple[Header, ...]) -> Envelope:
     _check_extensions(extra)
-    traceparent = None
-    if "traceparent" in ours:
-        raw = ours.pop("traceparent")
-        if "traceparent" not in repeated and raw is not None:
-            traceparent = _parse_traceparent(raw.decode("utf-8", "replace"))
-        repeated.discard("traceparent")
+    traceparent = None if "traceparent" in repeated else traceparent_of(ours.items())
+    ours.pop("traceparent", None)
+    repeated.discard("traceparent")
     if repeated:
         raise EnvelopeError(EnvelopeReason.REPEATED_HEADER, ", ".join(sorted(repeated)))
     texts = {name: _utf8(name, value) for name, value in ours.items()}
@@ -307,6 +304,14 @@ def _parse_traceparent(text: str) -> str | None:
     match = _TRACEPARENT.fullmatch(text)
     # Version 00 ends after the flags; later versions may say more.
     return None if match is None or (match[1] == "00" and match[2] is not None) else text
+
+
+def traceparent_of(headers: Iterable[Header]) -> str | None:
+    """The trace that the message with these headers belongs to; None unless there is exactly one valid traceparent."""
+    found = [value for name, value in headers if name == "traceparent"]
+    if len(found) != 1 or found[0] is None:
+        return None
+    return _parse_traceparent(found[0].decode("utf-8", "replace"))
 
 
 def data_schema_of(model: type[Message]) -> str:

@@ -27,7 +27,13 @@ import structlog
 from actors.runtime import Placement, Runtime
 from infra.failpoints import reach
 from infra.messaging.errors import BrokerUnavailableError, DeliveryFailedError
-from schemas.envelope import OutgoingMessage, build_dead_letter, build_event_message, build_result_message
+from schemas.envelope import (
+    OutgoingMessage,
+    build_dead_letter,
+    build_event_message,
+    build_result_message,
+    traceparent_of,
+)
 from schemas.outcome import DEAD_LETTERED, Answer
 from schemas.topics import commands_topic
 from streams.asking import Patience, ask_until_answered
@@ -107,11 +113,12 @@ class CommandProcessor:
         outgoing: list[OutgoingMessage] = []
         dead = False
         for received, answer in zip(batch, answers, strict=True):
-            outgoing += (build_event_message(event, answer=answer) for event in answer.events)
+            traceparent = traceparent_of(received.raw.headers)
+            outgoing += (build_event_message(event, answer=answer, traceparent=traceparent) for event in answer.events)
             if answer.status == DEAD_LETTERED:
                 dead = True
                 outgoing.append(self._dead_letter(received, answer))
-            outgoing.append(build_result_message(answer, domain=domain))
+            outgoing.append(build_result_message(answer, domain=domain, traceparent=traceparent))
         await reach("worker.before_publish")
         if dead:
             await reach("worker.before_dead_letter")
