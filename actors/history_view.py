@@ -117,18 +117,20 @@ def supersedes(row: OrderHistoryRow, known: OrderHistoryRow | None) -> bool:
     return known is None or row.record_version > known.record_version
 
 
+def starts_at(batch: EventBatch, position: PositionRow | None) -> int:
+    """The first offset of the batch's partition that is not applied yet; 0 where the position is of another log."""
+    return 0 if position is None or position.log_identity != batch.log_identity else position.next_offset
+
+
 def not_yet_applied(batch: EventBatch, position: PositionRow | None) -> Sequence[RawMessage]:
     """The messages after the stored position; all of them where the position is of another log."""
-    if position is None or position.log_identity != batch.log_identity:
-        return batch.messages
-    return [raw for raw in batch.messages if raw.offset >= position.next_offset]
+    start = starts_at(batch, position)
+    return [raw for raw in batch.messages if raw.offset >= start]
 
 
 def position_after(batch: EventBatch, position: PositionRow | None) -> PositionRow:
     """Where the projection stands once `batch` is applied: never further back than it stood in the same log."""
-    next_offset = batch.messages[-1].offset + 1
-    if position is not None and position.log_identity == batch.log_identity:
-        next_offset = max(next_offset, position.next_offset)
+    next_offset = max(batch.messages[-1].offset + 1, starts_at(batch, position))
     return PositionRow(
         projection=PROJECTION,
         topic=batch.topic,

@@ -32,6 +32,7 @@ from actors.history_view import (
     position_after,
     row_of,
     row_of_event,
+    starts_at,
     supersedes,
 )
 from actors.messages import Health
@@ -99,6 +100,9 @@ async def _apply_in(transaction: Transaction, batch: EventBatch) -> Applied:
     position = None if stored is None else POSITIONS.from_row(stored)
     rows, unreadable = [], 0
     fresh = not_yet_applied(batch, position)
+    if fresh and fresh[0].offset > starts_at(batch, position):
+        # Only said: the log may have lost its oldest messages, and then the tables are the only ones to ask.
+        log.warning("events_missing", topic=batch.topic, partition=batch.partition, remedy="concord rebuild")
     for raw in fresh:
         try:
             row = row_of_event(parse_event(raw))

@@ -222,6 +222,13 @@ METRICS: tuple[Metric, ...] = (
         "Messages of a partition that are not acknowledged yet.",
         ("topic", "partition"),
     ),
+    Metric(
+        "last_progress",
+        Kind.GAUGE,
+        "concord_last_progress_timestamp_seconds",
+        "When something was last tried for a partition (Unix time).",
+        ("topic", "partition"),
+    ),
     Metric("batch_size", Kind.HISTOGRAM, "concord_batch_commands", "Commands in a batch.", ("domain",), _COUNTS),
     Metric("actor_restarts", Kind.COUNTER, "concord_actor_restarts", "Starts of an actor after its first.", ("actor",)),
 )
@@ -244,6 +251,7 @@ class Metrics:
     recovered: Counter
     dead_letters: Counter
     consumer_lag: Gauge
+    last_progress: Gauge
     batch_size: Histogram
     actor_restarts: Counter
 

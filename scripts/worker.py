@@ -13,6 +13,7 @@ import faulthandler
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,8 +93,13 @@ def worker_observer(metrics: Metrics) -> WorkerObserver:
     def lag(partition: Partition, messages: int) -> None:
         metrics.consumer_lag.labels(topic=partition[0], partition=str(partition[1])).set(messages)
 
+    def last_progress(partition: Partition, seconds_ago: float) -> None:
+        labelled = metrics.last_progress.labels(topic=partition[0], partition=str(partition[1]))
+        labelled.set(time.time() - seconds_ago)
+
     return WorkerObserver(
         answered=answered,
+        last_progress=last_progress,
         batch=lambda domain, commands: metrics.batch_size.labels(domain=domain).observe(commands),
         lag=lag,
         page=lambda: generate_latest(REGISTRY),

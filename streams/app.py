@@ -102,7 +102,7 @@ def build_faust_app(options: WorkerOptions) -> faust.App:
         broker_session_timeout=options.session_timeout_s,
         broker_heartbeat_interval=options.heartbeat_s,
         broker_request_timeout=max(options.session_timeout_s, 30.0),
-        broker_rebalance_timeout=max(options.session_timeout_s, 2 * options.revoke_patience_s),
+        broker_rebalance_timeout=options.session_timeout_s + 2 * options.revoke_patience_s,
         # A partition that waits for storage is not polled. Whether this process lives is the watchdog's question.
         broker_max_poll_interval=24 * 3600.0,
         broker_max_poll_records=500,

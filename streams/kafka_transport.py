@@ -14,6 +14,7 @@ The consumer lives in a thread with a loop of its own. Every public coroutine he
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -26,6 +27,9 @@ from faust.types import TP
 from streams.partitions import Partition
 
 T = TypeVar("T")
+
+# Faust's services log their starting and stopping under the name of their class's module, which is this one.
+logging.getLogger(__name__).setLevel(logging.WARNING)
 
 FETCH_MAX_WAIT_MS = 250
 """How long the broker may keep a fetch without data. A partition that is drained meanwhile waits for its end."""
@@ -40,7 +44,6 @@ class NotAcknowledgedError(Exception):
 class ConsumerThread(driver.AIOKafkaConsumerThread):
     """The thread in which aiokafka's consumer lives."""
 
-    logger = driver.logger
     start_offsets: Mapping[Partition, int] = {}
 
     def _create_worker_consumer(self, transport: Any) -> AIOKafkaConsumer:
@@ -94,7 +97,6 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 class Consumer(driver.Consumer):
     """What the rest of `streams` asks of Kafka's client."""
 
-    logger = driver.logger
     _thread: ConsumerThread
 
     def _new_consumer_thread(self) -> ConsumerThread:
