@@ -1,0 +1,138 @@
+"""Committed rows as they lie in the SQLite files, and what of them two runs of the same commands must have in common.
+
+The files are read with the standard library's sqlite3, beside the system and without any of its code. So a record in
+doubt is seen as one; `comparable_rows` is for a system at rest that has none.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+COMMITTED = 3
+"""`tx_state` of a record at rest; null is one that was there before transactions were."""
+
+COMPARED = (
+    "inventory.products",
+    "inventory.reservations",
+    "inventory.expiries",
+    "inventory.outcomes",
+    "payment.wallets",
+    "payment.payments",
+    "payment.outcomes",
+    "shipping.shipments",
+    "shipping.outcomes",
+    "orders.orders",
+    "orders.returns",
+    "orders.outcomes",
+    "views.order_history",
+)
+
+TRANSACTION_COLUMNS = ("tx_id", "tx_state", "tx_version", "tx_prepared_at", "tx_committed_at")
+
+LEFT_OUT = ("transaction_id", "record_version")
+"""User columns that tell a transaction or a version; times are told by their names' ends."""
+
+Row = dict[str, Any]
+
+
+def in_doubt(directory: Path) -> list[str]:
+    """Every record that is PREPARED or DELETED, in any table of the system's directory."""
+    found = []
+    for file in sorted((directory / "tables").glob("*.db")):
+        with _opened(file) as database:
+            for table in _tables(database):
+                if "tx_state" in _columns(database, table):
+                    rows = database.execute(
+                        f'SELECT tx_id, tx_state FROM "{table}" WHERE tx_state IS NOT NULL AND tx_state <> ?',
+                        (COMMITTED,),
+                    )
+                    found += [f"{file.stem}.{table}: {tx_id} in state {state}" for tx_id, state in rows]
+    return found
+
+
+def comparable_rows(directory: Path, name: str, *, wanted: Callable[[Row], bool] = lambda row: True) -> list[str]:
+    """The rows of a table without times, transaction ids and versions, each as one line of JSON, sorted.
+
+    Of an outcome's answer, which holds all of these and what else there was at that moment, the ids and types of its
+    events count. `wanted` chooses rows by their whole content.
+    """
+    namespace, _, table = name.partition(".")
+    file = directory / "tables" / f"{namespace}.db"
+    if not file.exists():
+        return []
+    with _opened(file) as database:
+        if table not in _tables(database):
+            return []
+        columns = _columns(database, table)
+        rows = [dict(zip(columns, row, strict=True)) for row in database.execute(f'SELECT * FROM "{table}"')]
+    return sorted(json.dumps(_comparable(row), sort_keys=True) for row in rows if wanted(row))
+
+
+def differences(
+    one: Path,
+    other: Path,
+    *,
+    tables: tuple[str, ...] = COMPARED,
+    wanted: Callable[[Row], bool] = lambda row: True,
+    shown: int = 5,
+) -> tuple[dict[str, int], list[str]]:
+    """How many rows each table has, and a sentence for each row that only one directory has (`shown` a table)."""
+    counted, found = {}, []
+    for name in tables:
+        left, right = (comparable_rows(directory, name, wanted=wanted) for directory in (one, other))
+        counted[name] = len(left)
+        only_left, only_right = sorted(set(left) - set(right)), sorted(set(right) - set(left))
+        found += [f"{name}: only the first has {row}" for row in only_left[:shown]]
+        found += [f"{name}: only the second has {row}" for row in only_right[:shown]]
+        if len(left) != len(right) and not (only_left or only_right):
+            found.append(f"{name}: {len(left)} rows and {len(right)} rows")
+    return counted, found
+
+
+def rows_that_mention(directory: Path, text: str) -> Iterator[str]:
+    """`namespace.table` of every user table with a row that mentions `text` in any column."""
+    for name in COMPARED:
+        if any(text in row for row in comparable_rows(directory, name)):
+            yield name
+
+
+def _comparable(row: Mapping[str, Any]) -> Row:
+    kept = {
+        name: value
+        for name, value in row.items()
+        if name not in TRANSACTION_COLUMNS
+        and not name.startswith("before_")
+        and name not in LEFT_OUT
+        and not _is_time(name)
+    }
+    if "answer" in kept:
+        kept["answer"] = [(event["id"], event["type"]) for event in json.loads(kept["answer"])["events"]]
+    if "steps" in kept:
+        kept["steps"] = sorted(json.loads(kept["steps"]))
+    if "history" in kept:
+        entries = json.loads(kept["history"])
+        kept["history"] = [{name: each[name] for name in each if not _is_time(name)} for each in entries]
+    return kept
+
+
+def _is_time(name: str) -> bool:
+    return name == "at_ms" or name.endswith(("_at_ms", "_at"))
+
+
+def _opened(file: Path) -> closing[sqlite3.Connection]:
+    return closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=10))
+
+
+def _tables(database: sqlite3.Connection) -> list[str]:
+    names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+    return [name for name in names if "$" not in name]
+
+
+def _columns(database: sqlite3.Connection, table: str) -> list[str]:
+    return [row[1] for row in database.execute(f'PRAGMA table_info("{table}")')]
