@@ -76,13 +76,13 @@ WORKER_GRACE_S = 30.0
 READY_WITHIN_S = 120.0
 HEALTH_EVERY_S = 1.0
 ANSWER_WITHIN_S = 5.0
-PAUSES_S = (0.5, 30.0)
+PAUSES_S = (0.5, 8.0)
 """The first and the longest pause before a part that ended is started again; doubled from one to the other."""
 
 FUTILE_STARTS = 4
 """A worker that ends so often without ever having been ready makes the start of the system fail."""
 
-STEADY_AFTER_S = 60.0
+STEADY_AFTER_S = 10.0
 """A part that lived so long before it ended begins with the first pause again."""
 
 _RAY_CORE = ("gcs_server", "raylet")
