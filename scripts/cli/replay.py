@@ -75,10 +75,6 @@ class Tally:
     def count(self, status: str) -> int:
         return sum(counts[status] for counts in self.answers.values())
 
-    @property
-    def commands(self) -> int:
-        return sum(counts.total() for counts in self.answers.values())
-
 
 OnProgress = Callable[[int, int], None]
 """Told how many commands have been answered, and how many there are."""
@@ -103,6 +99,7 @@ class Replay:
         self.prepared = Tally()
         self.played = Tally()
         self.skipped: list[Skipped] = []
+        self.not_prepared: list[str] = []
         self.invoices = 0
         self.seconds = 0.0
 
@@ -153,11 +150,12 @@ class Replay:
             try:
                 made.append((command, outgoing(command.type, body, key=None, id=command.id, time_ms=time_of(command))))
             except InvalidCommandError as error:
-                refused.setdefault(command.invoice or command.body["product_id"], str(error))
+                if command.invoice:
+                    refused.setdefault(command.invoice, str(error))
+                else:
+                    self.not_prepared.append(f"{command.type}: {error}")
         self.skipped += [Skipped(invoice, reason) for invoice, reason in refused.items()]
-        return [
-            (command, message) for command, message in made if not command.invoice or command.invoice not in refused
-        ]
+        return [(command, message) for command, message in made if command.invoice not in refused]
 
     async def _send(self, commands: list[tuple[Planned, Outgoing]], tally: Tally) -> None:
         self._total += len(commands)
@@ -218,7 +216,13 @@ class Replay:
             "skipped_invoices": [{"invoice": each.invoice, "reason": each.reason} for each in self.skipped],
             "products_registered": self.prepared.answers.get("RegisterProduct", Counter())["committed"],
             "wallets_opened": self.prepared.answers.get("OpenWallet", Counter())["committed"],
-            "not_prepared": self.prepared.commands - self.prepared.count("committed"),
+            "not_prepared": self.not_prepared
+            + [
+                f"{type}: {count} {status}"
+                for type, counts in self.prepared.answers.items()
+                for status, count in counts.items()
+                if status != "committed"
+            ],
             "seconds": round(self.seconds, 3),
             "orders_per_s": _per_second(orders, self.seconds),
             "lines_per_s": _per_second(played.lines, self.seconds),

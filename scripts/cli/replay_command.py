@@ -114,6 +114,7 @@ def for_people(summary: Mapping[str, Any]) -> str:
         f"  {summary['seconds']} s: {summary['orders_per_s']} orders/s, {summary['lines_per_s']} lines/s",
         f"  from publish to result: p50 {latency['p50']} ms, p95 {latency['p95']} ms, p99 {latency['p99']} ms",
     ]
+    lines += [f"  not registered: {each}" for each in summary["not_prepared"]]
     lines += [f"  refused {count} times: {reason}" for reason, count in summary["reasons"].items()]
     skipped = summary["skipped_invoices"]
     lines += [f"  skipped {each['invoice'] or '(no number)'}: {each['reason']}" for each in skipped[:SHOWN_SKIPPED]]
