@@ -20,7 +20,7 @@ DEFAULT_DIRECTORY = Path(".concord")
 
 Data = Annotated[
     Path,
-    typer.Option("--data", metavar="DIR", help="The system's directory.", envvar="CONCORD_DATA", show_envvar=False),
+    typer.Option("--data", metavar="DIR", help="The system's directory.", envvar="CONCORD_DATA_DIR", show_envvar=False),
 ]
 Shape = Annotated[
     Format | None,
