@@ -27,7 +27,9 @@ def register(app: typer.Typer) -> None:
         same directory continues from its state. Prints one line when ready.
         """
         import asyncio
+        import sys
         from collections.abc import Mapping
+        from contextlib import redirect_stdout
         from typing import Any
 
         from infra.config import load_settings
@@ -52,4 +54,6 @@ def register(app: typer.Typer) -> None:
         def on_ready(addresses: Addresses) -> None:
             shape.show(addresses.ready_line(), for_people)
 
-        asyncio.run(supervise(settings, on_ready=on_ready, progress=note))
+        # stdout holds that one line: what libraries print of their own accord, Ray of every process that died, is a log.
+        with redirect_stdout(sys.stderr):
+            asyncio.run(supervise(settings, on_ready=on_ready, progress=note))
