@@ -148,7 +148,7 @@ class StreamWorker:
         self._producer = EventProducer(
             options.bootstrap_servers, client_id=options.name, delivery_timeout_ms=options.delivery_timeout_ms
         )
-        self._lag = LagMonitor(
+        self.lag = LagMonitor(
             assigned=lambda: self.assigned,
             finished=self._finished_until,
             progress=self.progress,
@@ -156,7 +156,7 @@ class StreamWorker:
             first_offset=self.first_offset,
         )
         self._watchdog = Watchdog(
-            look=self._lag.look,
+            look=self.lag.look,
             membership_error=self._membership_error,
             stalled_after_s=options.stalled_after_s,
             end=end,
@@ -166,7 +166,7 @@ class StreamWorker:
             runtime=runtime,
             actors=[*options.placement.actors(), *([VIEW_ACTOR] if options.projected_domain else [])],
             assignment_known=lambda: self.ready,
-            states=self._lag.states,
+            states=self.lag.states,
             metrics_page=self._observer.page,
         )
 
@@ -192,7 +192,7 @@ class StreamWorker:
                 now_ms=self._clock.now_ms,
                 interval_s=options.timers_every_s,
             )
-            jobs = (self._acknowledger.run(), timers.run(), self._lag.run(), self._beat())
+            jobs = (self._acknowledger.run(), timers.run(), self.lag.run(), self._beat())
             await stack.enter_async_context(_background(*map(self._guarded, jobs)))
             await self._run_faust(handle_signals=handle_signals)
 
@@ -341,7 +341,7 @@ class StreamWorker:
         while True:
             self._watchdog.beat()
             now_s = asyncio.get_running_loop().time()
-            for partition, state in self._lag.states().items():
+            for partition, state in self.lag.states().items():
                 if state.lag is not None:
                     self._observer.lag(partition, state.lag)
                 if state.progress is not None:

@@ -34,6 +34,9 @@ logging.getLogger(__name__).setLevel(logging.WARNING)
 FETCH_MAX_WAIT_MS = 250
 """How long the broker may keep a fetch without data. A partition that is drained meanwhile waits for its end."""
 
+ISOLATION_LEVEL = "read_committed"
+"""A command sent in a Kafka transaction that was aborted has never been sent."""
+
 LOOK_TIMEOUT_MS = 5_000
 
 
@@ -48,7 +51,9 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 
     def _create_worker_consumer(self, transport: Any) -> AIOKafkaConsumer:
         consumer = super()._create_worker_consumer(transport)
-        consumer._fetch_max_wait_ms = FETCH_MAX_WAIT_MS  # 1500 in Faust, and no setting
+        # Neither is a setting of Faust's: it waits 1500 ms, and reads messages whose sender took them back.
+        consumer._fetch_max_wait_ms = FETCH_MAX_WAIT_MS
+        consumer._isolation_level = ISOLATION_LEVEL
         return consumer
 
     async def seek_to_committed(self) -> Mapping[TP, int]:
@@ -138,7 +143,11 @@ async def first_offset(bootstrap_servers: str, partition: Partition, offset: int
     """The offset of the first message at or after `offset`, as a consumer of its own finds it; None at the end."""
     wanted = TopicPartition(*partition)
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=bootstrap_servers, group_id=None, enable_auto_commit=False, auto_offset_reset="earliest"
+        bootstrap_servers=bootstrap_servers,
+        group_id=None,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        isolation_level=ISOLATION_LEVEL,
     )
     await consumer.start()
     try:

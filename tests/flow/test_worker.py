@@ -7,6 +7,7 @@ import os
 import signal
 from collections import defaultdict
 
+from aiokafka import AIOKafkaProducer
 from flow_world import FlowWorld, header, until
 
 from infra.failpoints import arm, fired
@@ -296,3 +297,24 @@ async def test_a_worker_that_is_behind_keeps_what_waits_bounded(world: FlowWorld
     world.hold_path.unlink()
     await world.wait_for_acknowledged(2_001)
     assert ids_by_key(await world.read(TopicRole.RESULTS)) == in_key_order(sent)
+
+
+async def test_of_commands_sent_in_kafka_transactions_those_committed_are_carried_out(world: FlowWorld) -> None:
+    topic = world.topic(TopicRole.COMMANDS)
+    producer = AIOKafkaProducer(bootstrap_servers=world.bootstrap_servers, transactional_id=world.domain)
+    await producer.start()
+    for id in ("a", "aborted", "b"):
+        await producer.begin_transaction()
+        await producer.send_and_wait(topic, b"{}", b"k", headers=[("ce_id", id.encode())])
+        await (producer.abort_transaction() if id == "aborted" else producer.commit_transaction())
+    await producer.stop()
+
+    worker = await world.start_local()
+    await world.wait_for_acknowledged(5)  # of a, its marker, the aborted one, its marker, b, and b's marker
+
+    assert await world.result_ids() == ["a", "b"]
+    lag = worker.stream_worker.lag
+    for _ in range(lag.suspicious_after + 1):
+        await lag.measure()
+    assert {state.lag for state in lag.states().values()} == {0}, "a marker at the end of the log counts as work"
+    assert worker.ends == []
