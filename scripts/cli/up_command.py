@@ -54,6 +54,6 @@ def register(app: typer.Typer) -> None:
         def on_ready(addresses: Addresses) -> None:
             shape.show(addresses.ready_line(), for_people)
 
-        # stdout holds that one line: what libraries print of their own accord, Ray of every process that died, is a log.
+        # stdout has that line alone: what libraries print (Ray does, of every process that died) belongs with the logs.
         with redirect_stdout(sys.stderr):
             asyncio.run(supervise(settings, on_ready=on_ready, progress=note))
