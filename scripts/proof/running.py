@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import random
-import selectors
 import signal
 import sqlite3
 import subprocess
@@ -99,20 +98,21 @@ class RunningSystem:
         """`concord up`, until it says that it is ready. Raises NotAsAskedError with what it said instead."""
         self.directory.mkdir(parents=True, exist_ok=True)
         started_s = time.monotonic()
-        with self.log_path.open("ab") as log:
+        with self.log_path.open("ab") as log, self.stdout_path.open("wb") as stdout:
             self._process = subprocess.Popen(
                 [concord_program(), "up", "--data", str(self.directory), "--output", "json"],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
+                stdout=stdout,
                 stderr=log,
                 start_new_session=True,
             )
-        line = self._first_line(timeout_s)
-        if not line:
+        while not (line := self.stdout_path.read_text()).endswith("\n"):
             code = self._process.poll()
-            self.kill()
-            raise NotAsAskedError(f"concord up did not become ready (exit code {code}): {self.last_words()}")
+            if code is not None or time.monotonic() - started_s > timeout_s:
+                self.kill()
+                raise NotAsAskedError(f"concord up did not become ready (exit code {code}): {self.last_words()}")
+            time.sleep(0.05)
         self.ready = json.loads(line)
         self.ready_after_s = time.monotonic() - started_s
 
@@ -144,8 +144,6 @@ class RunningSystem:
     def reap(self) -> None:
         if self._process is not None:
             self._process.wait(30)
-            if self._process.stdout is not None:
-                self._process.stdout.close()
 
     def wait_until_gone(self, *, within_s: float = GONE_WITHIN_S) -> None:
         """Until no process of the run is left. Raises NotAsAskedError naming those that are."""
@@ -159,15 +157,13 @@ class RunningSystem:
     def log_path(self) -> Path:
         return self.directory.with_name(f"{self.directory.name}.log")
 
+    @property
+    def stdout_path(self) -> Path:
+        """What `concord up` printed: its ready line, and nothing else ever."""
+        return self.directory.with_name(f"{self.directory.name}.stdout")
+
     def last_words(self, *, characters: int = 4000) -> str:
         return self.log_path.read_text(errors="replace")[-characters:] if self.log_path.exists() else ""
-
-    def _first_line(self, timeout_s: float) -> bytes:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            return self._process.stdout.readline() if selector.select(timeout_s) else b""
 
     # --- what it says --------------------------------------------------------------------------------------------
 

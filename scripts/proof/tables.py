@@ -47,7 +47,7 @@ def in_doubt(directory: Path) -> list[str]:
     for file in sorted((directory / "tables").glob("*.db")):
         with _opened(file) as database:
             for table in _tables(database):
-                if "tx_state" in _columns(database, table):
+                if "before_tx_id" in _columns(database, table):  # the states of transactions are no records
                     rows = database.execute(
                         f'SELECT tx_id, tx_state FROM "{table}" WHERE tx_state IS NOT NULL AND tx_state <> ?',
                         (COMMITTED,),

@@ -233,6 +233,7 @@ async def running_system(parent: Path) -> AsyncIterator[System]:
         raise
     assert await asyncio.to_thread(running.stop) == 0, running.last_words()
     await asyncio.to_thread(running.wait_until_gone)
+    assert len(running.stdout_path.read_text().splitlines()) == 1, running.stdout_path.read_text()
 
 
 def seeded(name: str) -> random.Random:
