@@ -78,6 +78,7 @@ class CommandClient:
         self._submitted = 0
         self._to_send = asyncio.Event()
         self._failed = False
+        self._closing = False
         self._connecting = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -97,6 +98,7 @@ class CommandClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._closing = True  # aiokafka's `stop` may swallow a cancellation
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -135,7 +137,7 @@ class CommandClient:
     # --- publishing -----------------------------------------------------------------------------------------------
 
     async def _keep_sending(self) -> None:
-        while True:
+        while not self._closing:
             await self._to_send.wait()
             self._to_send.clear()
             if self._failed:
@@ -198,7 +200,7 @@ class CommandClient:
     # --- answers --------------------------------------------------------------------------------------------------
 
     async def _keep_reading(self) -> None:
-        while True:
+        while not self._closing:
             assert self._consumer is not None
             try:
                 fetched = await self._consumer.getmany(timeout_ms=_POLL_MS)
@@ -241,7 +243,7 @@ class CommandClient:
             if address is None:
                 return
             await self._disconnect()
-            while True:
+            while not self._closing:
                 try:
                     await self._connect(address)
                 except (MessagingError, KafkaError):
@@ -249,8 +251,8 @@ class CommandClient:
                     await asyncio.sleep(_PAUSE_S)
                     address = self._new_address() or address
                 else:
-                    break
-            self._send_again()
+                    self._send_again()
+                    return
 
     async def _connect(self, address: str) -> None:
         self._bootstrap = address
