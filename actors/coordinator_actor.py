@@ -39,12 +39,16 @@ from infra.consensus_commit.errors import UnknownTransactionStatusError
 from infra.consensus_commit.intents import Intent, IntentLog
 from infra.consensus_commit.states import TransactionState
 from infra.failpoints import reach
-from infra.storage.errors import StorageError
+from infra.storage.errors import StorageError, UnavailableStorageError
 from schemas.partitioning import shard_of
 
 log = structlog.get_logger()
 
 PRUNE_INTERVAL_S = 3_600.0
+
+FIRST_PAUSE_S = 0.05
+LONGEST_PAUSE_S = 2.0
+"""Between questions to a state table that does not answer."""
 
 
 class CoordinatorActor:
@@ -124,12 +128,11 @@ class CoordinatorActor:
                 log.exception("preparing failed", tx_id=request.tx_id)
                 verdict = Verdict(Trouble.LOST, str(error))
             if verdict.trouble is None:
-                winner = await self._decide(request.tx_id, writers)
+                winner, verdict = await self._decide(request.tx_id, writers)
                 if winner.state is TransactionState.COMMITTED:
                     keep_active = True
                     self._spawn(self._commit_records(request, partitions, winner))
                     return Decision(committed_at_ms=winner.created_at_ms)
-                verdict = Verdict(Trouble.CONFLICT, "aborted by recovery")
             await self._abort(request, intent, told=verdict)
             return Decision(trouble=verdict.trouble, detail=verdict.detail)
         finally:
@@ -161,31 +164,41 @@ class CoordinatorActor:
         }
         return _worst(await self._ask_all("validate", readers))
 
-    async def _decide(self, tx_id: str, writers: list[Share]) -> StateRow:
-        """Put COMMITTED if absent, and say who won. Never guesses: an unknown outcome is asked until it is known."""
+    async def _decide(self, tx_id: str, writers: list[Share]) -> tuple[StateRow, Verdict]:
+        """Put COMMITTED if absent, and say who won, with the verdict if it was not us. Never guesses.
+
+        Storage that cannot serve is waited for: whoever loses patience first has put ABORTED by then, and wins.
+        """
         committed_at_ms = self._clock.now_ms()
+        committed = StateRow(tx_id, TransactionState.COMMITTED, committed_at_ms)
         if not writers:
-            return StateRow(tx_id, TransactionState.COMMITTED, committed_at_ms)  # nothing to decide about
-        try:
-            await self._states.commit_state(tx_id, committed_at_ms)
-            return StateRow(tx_id, TransactionState.COMMITTED, committed_at_ms)
-        except Exception as error:  # of whatever kind: committed or not, only the row knows
-            log.warning("committing was not answered", tx_id=tx_id, error=str(error))
-            return await self._obey(tx_id)
+            return committed, Verdict()  # nothing to decide about
+        aborted = Verdict(Trouble.CONFLICT, "aborted by recovery")
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                await self._states.commit_state(tx_id, committed_at_ms)
+                return committed, Verdict()
+            except (UnknownTransactionStatusError, UnavailableStorageError) as error:
+                log.warning("the state table does not answer", tx_id=tx_id, error=str(error))
+                aborted = Verdict(Trouble.UNAVAILABLE, "aborted by recovery while storage could not serve")
+                pause_s = await _pause(pause_s)
+            except Exception as error:  # of whatever kind: committed or not, only the row knows
+                log.warning("committing was refused", tx_id=tx_id, error=str(error))
+                return await self._obey(tx_id), aborted
 
     async def _obey(self, tx_id: str) -> StateRow:
         """Put ABORTED if absent and return whatever the row says (rule 6); waits for storage as long as it takes."""
         return await self._until_known(lambda: self._states.abort_state(tx_id))
 
     async def _until_known(self, ask: Callable[[], Awaitable[StateRow]]) -> StateRow:
-        pause_s = 0.05
+        pause_s = FIRST_PAUSE_S
         while True:
             try:
                 return await ask()
             except (UnknownTransactionStatusError, StorageError) as error:
                 log.warning("the state table does not answer", error=str(error))
-                await asyncio.sleep(pause_s * (1 + random.random()))
-                pause_s = min(pause_s * 2, 2.0)
+                pause_s = await _pause(pause_s)
 
     async def _commit_records(
         self, request: CommitRequest, partitions: tuple[Partition, ...], winner: StateRow
@@ -371,6 +384,12 @@ class CoordinatorActor:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _pause(pause_s: float) -> float:
+    """Sleep a random while around `pause_s`; the next pause."""
+    await asyncio.sleep(pause_s * (0.5 + random.random()))
+    return min(pause_s * 2, LONGEST_PAUSE_S)
 
 
 def _worst(verdicts: list[object]) -> Verdict:

@@ -44,6 +44,7 @@ class LocalRuntime:
         self._lifelines: dict[str, _Lifeline] = {}
         self._mailrooms: dict[str, Mailroom] = {}
         self._calls: dict[str, set[asyncio.Task[Any]]] = {}
+        self._gone: dict[str, asyncio.Future[None]] = {}
         self._replaced: list[Actor] = []
 
     async def start(self) -> None:
@@ -70,12 +71,12 @@ class LocalRuntime:
         if self._on_ask is not None:
             self._on_ask(actor, method, items)
         call = asyncio.ensure_future(getattr(target, method)(pickle.loads(pickle.dumps(list(items)))))
-        calls = self._calls[actor]
+        calls, gone = self._calls[actor], self._gone[actor]
         calls.add(call)
         call.add_done_callback(calls.discard)
-        # Not `shield`, which would log the error of a call whose caller has gone.
-        await asyncio.wait([call])
-        if call.cancelled() or (self._actors.get(actor) is not target and target not in self._replaced):
+        await asyncio.wait((call, gone), return_when=asyncio.FIRST_COMPLETED)
+        if gone.done() or call.cancelled():
+            call.add_done_callback(_hear_out)
             raise ActorLostError(actor)
         replies: list[Any] = pickle.loads(pickle.dumps(call.result()))
         return replies
@@ -89,6 +90,7 @@ class LocalRuntime:
         actor = self._actors.pop(name)
         self._lifelines.pop(name).cut = True
         self._mailrooms.pop(name).close()
+        self._gone.pop(name).set_result(None)
         for call in list(self._calls.pop(name)):
             call.cancel()
         stopped = asyncio.ensure_future(actor.stop())
@@ -97,12 +99,18 @@ class LocalRuntime:
     async def replace(self, name: str) -> Actor:
         """Start a second actor of a name, as a supervisor does that takes the first for dead; returns the first.
 
-        Whoever asks for the name finds the second. The first is not told, and still works on what it has begun.
+        Whoever asks for the name finds the second, and whoever waits for the first is told that it is lost. The first
+        is not told, and still works on what it has begun.
         """
         first = self._actors.pop(name)
+        self._gone.pop(name).set_result(None)
         self._replaced.append(first)
         await self.restart(name)
         return first
+
+    def bury(self, replaced: Actor) -> None:
+        """A replaced actor is dead now, and known to be."""
+        self._replaced.remove(replaced)
 
     async def restart(self, name: str) -> None:
         """Start an actor that is not there."""
@@ -117,7 +125,7 @@ class LocalRuntime:
             incarnations=_LocalIncarnations(self, lifeline),
         )
         await actor.start()
-        self._calls[name] = set()
+        self._calls[name], self._gone[name] = set(), asyncio.get_running_loop().create_future()
         self._lifelines[name], self._mailrooms[name], self._actors[name] = lifeline, mailroom, actor
 
     def runs(self, incarnation: str) -> bool:
@@ -125,6 +133,12 @@ class LocalRuntime:
         return any(
             getattr(actor, "incarnation", "") == incarnation for actor in (*self._actors.values(), *self._replaced)
         )
+
+
+def _hear_out(call: asyncio.Task[Any]) -> None:
+    """Nobody wants the answer of a lost actor, nor its errors in the log."""
+    if not call.cancelled():
+        call.exception()
 
 
 class _LocalIncarnations(Incarnations):

@@ -15,15 +15,16 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
-from weather import Weather
+from weather import PATIENT_S, PatientEvent, Weather
 
 from actors.audit import AUDITED, check_books
-from actors.domain import Domain, Handler, Transaction
+from actors.coordinator_actor import CoordinatorActor
+from actors.domain import Domain, Handler, Record, Table, Transaction
 from actors.home import RetryPolicy
 from actors.local_runtime import LocalRuntime
 from actors.messages import Trouble
@@ -35,8 +36,10 @@ from actors.timing import Timing
 from infra.clock import ManualClock
 from infra.consensus_commit.coordinator import CoordinatorStates, StateRow
 from infra.consensus_commit.intents import Intent, IntentLog
+from infra.consensus_commit.manager import TransactionManager
 from infra.consensus_commit.metadata import TX_STATE, transactional
-from infra.storage.operations import Row, Scan
+from infra.storage.errors import StorageError
+from infra.storage.operations import Row, Scan, Value
 from infra.storage.port import Storage
 from schemas.common import Address
 from schemas.envelope import RawMessage, build_command_message
@@ -46,8 +49,7 @@ from schemas.orders import OrderLine, PlaceOrder
 from schemas.outcome import Answer
 from schemas.payment import OpenWallet
 
-PATIENT_S = 20.0
-"""How long a test waits for what must happen before it says that it did not."""
+R = TypeVar("R", bound=Record)
 
 QUICK = Timing(
     patience_s=0.02,
@@ -81,6 +83,10 @@ def _with_scripts(domain: Domain) -> Domain:
     return Domain(domain.name, domain.tables, handlers, domain.due)
 
 
+TABLES: tuple[Table[Any], ...] = tuple(
+    table for domain in ORDER_DOMAINS for table in (*domain.tables, outcomes_of(domain.name))
+)
+
 SCRIPTED_DOMAINS = tuple(map(_with_scripts, ORDER_DOMAINS))
 
 
@@ -100,17 +106,21 @@ class Fate(StrEnum):
 
 @dataclass(eq=False)
 class Interception:
-    """What is to become of the `nth` message (from 1) of one method to one actor; "" stands for any."""
+    """What is to become of the `nth` message (from 1), and the `times` - 1 that follow, of one method to one actor.
+
+    "" stands for any.
+    """
 
     actor: str
     method: str
     fate: Fate
     nth: int = 1
+    times: int = 1
     visitor: Callable[[], Awaitable[object]] | None = None
     seen: int = 0
-    reached: asyncio.Event = field(default_factory=asyncio.Event)
+    reached: asyncio.Event = field(default_factory=PatientEvent)
     released: asyncio.Event = field(default_factory=asyncio.Event)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    arrived: asyncio.Event = field(default_factory=PatientEvent)
 
     def let_go(self) -> None:
         self.released.set()
@@ -120,7 +130,7 @@ class Interception:
         if self.actor not in ("", actor) or self.method not in ("", method):
             return False
         self.seen += 1
-        return self.seen == self.nth
+        return self.nth <= self.seen < self.nth + self.times
 
 
 class PostOffice(LocalRuntime):
@@ -288,10 +298,12 @@ class System:
         fate: Fate,
         *,
         nth: int = 1,
+        times: int = 1,
         visitor: Callable[[], Awaitable[object]] | None = None,
     ) -> Interception:
-        """Let `fate` befall the `nth` message of `method` to `actor` from now on; "" stands for any."""
-        interception = Interception(actor, method, fate, nth, visitor)
+        """Let `fate` befall the `nth` message of `method` to `actor` from now on, and the `times` - 1 that follow;
+        "" stands for any."""
+        interception = Interception(actor, method, fate, nth, times, visitor)
         self.runtime.interceptions.append(interception)
         return interception
 
@@ -343,6 +355,18 @@ class System:
     async def state(self, tx_id: str) -> StateRow | None:
         return await CoordinatorStates(self.storage.storage, self.clock).get_state(tx_id)
 
+    async def record(self, table: Table[R], *key: Value) -> R | None:
+        """One record as storage has it; of one that is in doubt, what it would become."""
+        where = table.storage_key(key, buckets=self.config.placement.buckets)
+        row = await self.storage.storage.get(transactional(table.schema), where)
+        return None if row is None else table.from_row(row)
+
+    async def records_about(self, subject: str) -> list[Row]:
+        """The stored rows that an event's subject names."""
+        table = next(table for table in TABLES if subject.startswith(f"{table.full_name}/"))
+        rows = await self.dump(table.full_name)
+        return [row for row in rows if "/".join((table.full_name, *(str(row[name]) for name in table.key))) == subject]
+
     async def outcome(self, domain: str, id: str) -> list[Row]:
         """Every outcome row of one command id."""
         return [row for row in await self.dump(outcomes_of(domain).full_name) if row["id"] == id]
@@ -354,8 +378,10 @@ class System:
         async with asyncio.timeout(PATIENT_S):
             while await self.unrest():
                 self.advance(5)
-                for actor in self.participants():
-                    await actor._as_participant.tidy()
+                for actor in list(self.runtime._actors.values()):
+                    keep_house = actor.sweep if isinstance(actor, CoordinatorActor) else actor._as_participant.tidy
+                    with suppress(StorageError):
+                        await keep_house()
                 await asyncio.sleep(0.01)
 
     async def unrest(self) -> list[str]:
@@ -387,6 +413,35 @@ class System:
             assert Answer.from_json(str(row["answer"])) == answer
 
 
+class Foreigner:
+    """Another program that shares the tables, by the same protocol, and asks no actor."""
+
+    def __init__(self, system: System) -> None:
+        self._buckets = system.config.placement.buckets
+        self.manager = TransactionManager(system.storage.storage, system.clock)
+
+    async def read(self, table: Table[R], *key: Value) -> R | None:
+        async with self.manager.begin() as transaction:
+            row = await transaction.get(table.schema, table.storage_key(key, buckets=self._buckets))
+            await transaction.commit()
+        return None if row is None else table.from_row(row)
+
+    async def change(self, table: Table[R], *key: Value, by: Callable[[R], R]) -> None:
+        """Read a record and write it changed."""
+        where = table.storage_key(key, buckets=self._buckets)
+        async with self.manager.begin() as transaction:
+            row = await transaction.get(table.schema, where)
+            assert row is not None, key
+            await transaction.update(table.schema, where, table.to_columns(by(table.from_row(row))))
+            await transaction.commit()
+
+    async def insert(self, table: Table[R], record: R) -> None:
+        async with self.manager.begin() as transaction:
+            where = table.storage_key(table.key_of(record), buckets=self._buckets)
+            await transaction.insert(table.schema, where, table.to_columns(record))
+            await transaction.commit()
+
+
 CATEGORIES = ("art", "books", "coins")
 """Categories that fall on both inventory shards."""
 
@@ -408,7 +463,10 @@ def wallet(customer_id: str, balance: int = 10**9) -> OpenWallet:
 
 
 def order(
-    order_id: str, *, customer: str = "c0", lines: Sequence[tuple[str, str, int]] = (("art", "p0", 1), ("books", "p0", 1))
+    order_id: str,
+    *,
+    customer: str = "c0",
+    lines: Sequence[tuple[str, str, int]] = (("art", "p0", 1), ("books", "p0", 1)),
 ) -> PlaceOrder:
     """An order of (category, product, quantity)."""
     return PlaceOrder(
@@ -465,9 +523,3 @@ async def in_background(work: Any) -> AsyncIterator[asyncio.Task[Any]]:
         if not task.done():
             task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-
-
-def stored_tables() -> list[str]:
-    """Full names of every table of the domains, outcomes included."""
-    tables = [table for domain in ORDER_DOMAINS for table in (*domain.tables, outcomes_of(domain.name))]
-    return [transactional(table.schema).full_name for table in tables]

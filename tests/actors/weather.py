@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Literal
 
 from infra.storage.errors import UnavailableStorageError, UnknownOutcomeError
 from infra.storage.operations import Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
 from infra.storage.port import Storage, atomic_unit
+
+PATIENT_S = 20.0
+"""How long a test waits for what must happen before it says that it did not."""
+
+
+class PatientEvent(asyncio.Event):
+    """An event whose waiting ends in TimeoutError when patience does."""
+
+    async def wait(self) -> Literal[True]:
+        async with asyncio.timeout(PATIENT_S):
+            return await super().wait()
 
 
 class Fault(StrEnum):
@@ -56,9 +68,10 @@ class Held:
     """A call that waits: `reached` once it is there, `let_go` to have it done. `applied` when it has been."""
 
     matches: Matcher
-    reached: asyncio.Event = field(default_factory=asyncio.Event)
+    mutations: Sequence[Mutation] = ()
+    reached: asyncio.Event = field(default_factory=PatientEvent)
     released: asyncio.Event = field(default_factory=asyncio.Event)
-    applied: asyncio.Event = field(default_factory=asyncio.Event)
+    applied: asyncio.Event = field(default_factory=PatientEvent)
 
     def let_go(self) -> None:
         self.released.set()
@@ -89,15 +102,13 @@ class Weather:
         self.struck: list[StorageCall] = []
         self.in_flight: Counter[Hashable] = Counter()
         self.most_in_flight: Counter[Hashable] = Counter()
-        self.pause: Callable[[], asyncio.Future[None]] | None = None
+        self.pause: Callable[[], Awaitable[None]] | None = None
         self._serializes = serializes_batches
         self._armed: list[_Armed] = []
         self._held: list[Held] = []
         self._late: set[asyncio.Task[None]] = set()
 
-    def fail(
-        self, fault: Fault, matches: Matcher = lambda call: True, *, nth: int = 1, times: int = 1
-    ) -> None:
+    def fail(self, fault: Fault, matches: Matcher = lambda call: True, *, nth: int = 1, times: int = 1) -> None:
         """Strike the `nth` matching call from now on, and the `times` - 1 that follow it."""
         self._armed.append(_Armed(fault, matches, nth, times))
 
@@ -160,6 +171,7 @@ class Weather:
         await self.storage.close()
 
     async def _apply_late(self, held: Held, mutations: Sequence[Mutation]) -> None:
+        held.mutations = mutations
         held.reached.set()
         await held.released.wait()
         try:
