@@ -10,7 +10,7 @@ from scripts.cli.options import DEFAULT_DIRECTORY, Data, Shape, command
 from scripts.cli.output import Output
 from scripts.cli.system import System
 
-COLUMNS = ("order_id", "status", "total", "currency", "line_count", "item_count", "returned_total", "tracking_number")
+COLUMNS = ("order_id", "status", "total", "currency", "item_count", "returned_total")
 
 
 def register(app: typer.Typer) -> None:

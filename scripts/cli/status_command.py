@@ -13,14 +13,20 @@ from scripts.cli.output import Output, note, to_json
 from scripts.cli.system import System
 
 
+SHOWN_CHARS = 300
+
+
 def for_people(answer: Mapping[str, Any]) -> str:
     """An answer in a few lines."""
     about = " ".join(str(part) for part in (answer["type"], answer["id"]) if part)
     lines = [f"{answer['status']}  {about}"]
-    for name in ("key", "reason", "detail", "result", "tx_id", "committed_at", "events"):
+    for name in ("key", "reason", "detail", "result", "tx_id", "committed_at"):
         value = answer.get(name)
-        if value not in (None, "", [], {}):
-            lines.append(f"  {name:<13} {value if isinstance(value, str) else to_json(value)}")
+        if value not in (None, "", {}):
+            text = value if isinstance(value, str) else to_json(value)
+            lines.append(f"  {name:<13} {text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + '…'}")
+    if answer["events"]:
+        lines.append(f"  {'events':<13} {len(answer['events'])}, the first is {answer['events'][0]}")
     return "\n".join(lines)
 
 
