@@ -12,7 +12,6 @@ from scripts.cli.options import DEFAULT_DIRECTORY, Data, Shape, command
 from scripts.cli.output import Output, note, to_json
 from scripts.cli.system import System
 
-
 SHOWN_CHARS = 300
 
 
