@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import signal
 import sys
@@ -42,51 +41,36 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import aiohttp
 import structlog
 
 from infra.config import Settings
-from infra.messaging.topics import ensure_topics
 from infra.servers import guard
 from infra.servers.guard import Guard
-from infra.servers.kafka import LocalKafka
-from infra.servers.processes import ChildProcess, spawn
 from infra.storage.connect import connect
-from infra.telemetry import clear_metrics, metrics_environment
+from infra.telemetry import clear_metrics
 from scripts import preflight
-from scripts.actor_process import PREPARE, ActorProcess
 from scripts.cli.system import runtime_path, write_atomically
 from scripts.endpoints import Endpoints
-from scripts.wiring import kafka_topics, stored_tables, system_config
+from scripts.parts import REAL, Cluster, Parts, Pauses, Progress, Worker, first_to_end
+from scripts.wiring import stored_tables
 from scripts.worker import WorkerSetup, write_setup
 
-if TYPE_CHECKING:
-    from actors.ray_runtime import RayCluster
-
 log = structlog.get_logger()
-
-Progress = Callable[[str], None]
-
-WORKER_GRACE_S = 30.0
-"""How long a worker may take to finish what it is at."""
 
 READY_WITHIN_S = 120.0
 HEALTH_EVERY_S = 1.0
 ANSWER_WITHIN_S = 5.0
-PAUSES_S = (0.5, 8.0)
-"""The first and the longest pause before a part that ended is started again; doubled from one to the other."""
 
 FUTILE_STARTS = 4
 """A worker that ends so often without ever having been ready makes the start of the system fail."""
 
-STEADY_AFTER_S = 10.0
-"""A part that lived so long before it ended begins with the first pause again."""
+RAY_STARTS = 3
+"""How often Ray is started before the start of the system fails."""
 
-_RAY_CORE = ("gcs_server", "raylet")
-"""Ray's own processes without which a cluster is none."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StartFailedError(Exception):
@@ -111,7 +95,11 @@ class Addresses:
 
 
 async def supervise(
-    settings: Settings, *, on_ready: Callable[[Addresses], None], progress: Progress = lambda line: None
+    settings: Settings,
+    *,
+    on_ready: Callable[[Addresses], None],
+    progress: Progress = lambda line: None,
+    parts: Parts = REAL,
 ) -> None:
     """Run the system until it is told to stop. Returns after a clean stop.
 
@@ -129,7 +117,7 @@ async def supervise(
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         guardian = Guard(run)
         try:
-            await _Supervisor(settings, run, guardian, on_ready, progress).run()
+            await _Supervisor(settings, parts, run, guardian, on_ready, progress).run()
         finally:
             await asyncio.to_thread(guardian.release)
 
@@ -148,6 +136,7 @@ class _Supervisor:
     def __init__(
         self,
         settings: Settings,
+        parts: Parts,
         run: str,
         guardian: Guard,
         on_ready: Callable[[Addresses], None],
@@ -155,26 +144,22 @@ class _Supervisor:
     ) -> None:
         self._settings = settings
         self._directory = settings.data_dir
+        self._parts = parts
         self._run = run
         self._guardian = guardian
         self._on_ready = on_ready
         self._progress = progress
         self._started_at_s = time.monotonic()
-        self._kafka = LocalKafka(
-            self._directory / "kafka",
-            port=settings.kafka.port or None,
-            heap_mb=settings.kafka.heap_mb,
-            progress=progress,
-        )
+        self._kafka = parts.kafka(settings, progress)
         self._bootstrap_servers = ""
         self._kafka_serves = False
         # Ray's processes are tied to the thread that starts them, so that thread must live as long as this process.
         self._ray_thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
-        self._ray_starting: asyncio.Future[RayCluster] | None = None
-        self._cluster: RayCluster | None = None
+        self._ray_starting: asyncio.Future[Cluster] | None = None
+        self._cluster: Cluster | None = None
         self._actors: dict[str, str] = {}
         self._workers = [
-            _Worker(f"worker-{number}", self._directory, preflight.free_port()) for number in range(settings.workers)
+            Worker(f"worker-{number}", self._directory, parts.worker_command) for number in range(settings.workers)
         ]
         self._endpoints = Endpoints(
             port=settings.http_port,
@@ -205,14 +190,14 @@ class _Supervisor:
     async def _start(self) -> None:
         self._progress("Starting Kafka and Ray")
         await self._endpoints.start()
-        self._ray_starting = asyncio.ensure_future(self._start_ray())
-        kafka = asyncio.ensure_future(self._start_kafka())
+        starting = [asyncio.ensure_future(self._start_kafka()), asyncio.ensure_future(self._start_ray_patiently())]
         try:
             # Whichever fails first ends the start; the other is stopped with everything else.
-            await asyncio.gather(kafka, asyncio.shield(self._ray_starting))
+            await asyncio.gather(*starting)
         finally:
-            kafka.cancel()
-            await asyncio.wait([kafka])
+            for each in starting:
+                each.cancel()
+            await asyncio.wait(starting)
         self._write_worker_settings()
         self._progress("Starting actors and workers")
         self._watch(self._keep_asking_actors())
@@ -226,26 +211,26 @@ class _Supervisor:
 
     async def _start_kafka(self) -> None:
         self._bootstrap_servers = await self._kafka.start()
-        await ensure_topics(self._bootstrap_servers, kafka_topics(self._settings))
+        await self._parts.declare_topics(self._bootstrap_servers, self._settings)
         self._kafka_serves = True
 
-    async def _start_ray(self) -> RayCluster:
-        dashboard_port = self._settings.dashboard_port or preflight.free_port()
-        process = ActorProcess(log_level=self._settings.log_level, metrics_dir=str(self._directory / "metrics"))
+    async def _start_ray_patiently(self) -> None:
+        """On a busy machine Ray gives its own agents up too early, for which there is no setting: try again."""
+        for left in reversed(range(RAY_STARTS)):
+            self._ray_starting = asyncio.ensure_future(self._start_ray())
+            try:
+                await asyncio.shield(self._ray_starting)
+            except Exception as error:
+                if not left:
+                    raise
+                log.warning("ray_starts_again", error=str(error))
+                await self._stop_ray()
+            else:
+                return
 
-        def start() -> RayCluster:
-            from actors.ray_runtime import start_cluster
-
-            _quiet_ray()
-            return start_cluster(
-                system_config(self._settings),
-                storage_url=self._settings.storage_url,
-                prepare_process=PREPARE,
-                prepare_argument=process.to_argument(),
-                dashboard_port=dashboard_port,
-            )
-
-        self._cluster = await asyncio.get_running_loop().run_in_executor(self._ray_thread, start)
+    async def _start_ray(self) -> Cluster:
+        loop = asyncio.get_running_loop()
+        self._cluster = await loop.run_in_executor(self._ray_thread, self._parts.start_cluster, self._settings)
         # Ray's core installs handlers of its own in C, below Python's; ours go back on top.
         self._listen_for_signals()
         return self._cluster
@@ -281,7 +266,7 @@ class _Supervisor:
     # --- keep alive -----------------------------------------------------------------------------------------------
 
     async def _keep_kafka(self) -> None:
-        pauses = _Pauses()
+        pauses = Pauses()
         while True:
             code = await self._kafka.wait()
             self._kafka_serves = False
@@ -298,14 +283,13 @@ class _Supervisor:
             log.warning("kafka_restarted", bootstrap_servers=servers)
             if servers != self._bootstrap_servers:  # its port was taken meanwhile
                 self._bootstrap_servers = servers
-                self._write_runtime(running=True)
-                await self._renew_workers()
+                self._announce_anew()
 
     async def _keep_ray(self) -> None:
         """When Ray's own processes end, Ray cannot restart anything any more: begin again with a new cluster."""
-        pauses = _Pauses()
+        pauses = Pauses()
         while True:
-            await _first_to_end(self._ray_core())
+            await first_to_end(self._parts.cluster_core(self._run))
             log.error("ray_ended")
             self._actors = {}
             while True:
@@ -319,11 +303,10 @@ class _Supervisor:
                 else:
                     break
             log.warning("ray_restarted")
-            self._write_runtime(running=True)
-            await self._renew_workers()
+            self._announce_anew()
 
-    async def _keep_worker(self, worker: _Worker) -> None:
-        pauses = _Pauses()
+    async def _keep_worker(self, worker: Worker) -> None:
+        pauses = Pauses()
         while True:
             code = await worker.wait()
             if worker.renewing:
@@ -334,11 +317,17 @@ class _Supervisor:
             worker.start()
             log.warning("worker_restarted", worker=worker.name, pid=worker.pid)
 
-    async def _renew_workers(self) -> None:
-        """New workers with the addresses as they are now; the old ones would wait for what is gone."""
+    def _announce_anew(self) -> None:
+        """Tell where everything is now, and renew the workers: the old ones would wait for what is gone.
+
+        While Ray is down as well there is nothing to tell yet; it will be when Ray is up again.
+        """
+        if self._cluster is None:
+            return
+        self._write_runtime(running=True)
         self._write_worker_settings()
         for worker in self._workers:
-            worker.renewing = True
+            worker.renewing = worker.pid is not None
             worker.kill()
 
     async def _keep_asking_actors(self) -> None:
@@ -375,7 +364,7 @@ class _Supervisor:
 
     def _listen_for_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in SIGNALS:
             loop.remove_signal_handler(number)
             loop.add_signal_handler(number, self._on_signal)
 
@@ -416,10 +405,7 @@ class _Supervisor:
         cluster, self._cluster = self._cluster, None
         if cluster is not None:
             await asyncio.get_running_loop().run_in_executor(self._ray_thread, cluster.stop)
-        for pid in guard.marked(self._run):
-            if _is_of_ray(pid):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        self._parts.clear_cluster(self._run)
 
     async def _quietly(self, part: str, work: Awaitable[None]) -> None:
         try:
@@ -472,131 +458,6 @@ class _Supervisor:
             )
         )
 
-    def _ray_core(self) -> list[int]:
-        return [pid for pid in guard.marked(self._run) if Path(_command_line(pid)[0]).name in _RAY_CORE]
-
-
-class _Worker:
-    """One stream worker: a process, and what its health port says."""
-
-    def __init__(self, name: str, directory: Path, health_port: int) -> None:
-        self.name = name
-        self.renewing = False
-        self.state = "down"
-        self.ended_unready = 0
-        self.log_path = directory / "logs" / f"{name}.log"
-        self._directory = directory
-        self._health_port = health_port
-        self._process: ChildProcess | None = None
-
-    @property
-    def pid(self) -> int | None:
-        return None if self._process is None or self._process.exit_code is not None else self._process.pid
-
-    @property
-    def ready(self) -> bool:
-        return self.state == "ready"
-
-    def start(self) -> None:
-        self.state = "starting"
-        self._process = spawn(
-            [
-                *(sys.executable, "-m", "scripts.worker"),
-                *("--data", str(self._directory)),
-                *("--name", self.name),
-                *("--health-port", str(self._health_port)),
-            ],
-            env={**os.environ, **metrics_environment(self._directory / "metrics")},
-            log_path=self.log_path,
-        )
-
-    async def wait(self) -> int:
-        assert self._process is not None
-        code = await self._process.wait()
-        self.ended_unready += 0 if self.ready else 1
-        self.state = "down"
-        return code
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-
-    async def stop(self) -> None:
-        if self._process is not None:
-            await self._process.stop(grace_s=WORKER_GRACE_S)
-
-    async def ask(self, session: aiohttp.ClientSession) -> None:
-        if self.pid is None:
-            return
-        try:
-            async with session.get(f"http://{preflight.HOST}:{self._health_port}/readyz") as response:
-                self.state = "ready" if response.status == 200 else "starting"
-                self.ended_unready = 0 if self.ready else self.ended_unready
-        except (aiohttp.ClientError, TimeoutError, OSError):
-            self.state = "silent"
-
-
-class _Pauses:
-    """Growing pauses between restarts, from the first again after a steady time."""
-
-    def __init__(self) -> None:
-        self._next_s = PAUSES_S[0]
-        self._last_s = time.monotonic()
-
-    def next(self) -> float:
-        now_s = time.monotonic()
-        if now_s - self._last_s > STEADY_AFTER_S:
-            self._next_s = PAUSES_S[0]
-        pause_s = self._next_s
-        self._next_s = min(pause_s * 2, PAUSES_S[1])
-        self._last_s = now_s + pause_s
-        return pause_s
-
 
 def _all_ready(states: dict[str, str]) -> bool:
     return all(state == "ready" for state in states.values())
-
-
-def _command_line(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
-    except OSError:  # gone meanwhile
-        return [""]
-
-
-def _is_of_ray(pid: int) -> bool:
-    """Ray's processes run its files, or have a title that begins with its name."""
-    line = _command_line(pid)
-    return line[0].startswith("ray::") or any("/ray/" in word for word in line)
-
-
-def _quiet_ray() -> None:
-    """Let Ray's logger, which has handlers of its own from its import on, speak through ours, and of trouble only."""
-    logger = logging.getLogger("ray")
-    logger.handlers.clear()
-    logger.propagate = True
-    logger.setLevel(logging.ERROR)
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-async def _first_to_end(pids: list[int]) -> None:
-    """Until one of these processes, which are not our children to wait for, has ended. Of none: for ever."""
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[None] = loop.create_future()
-    descriptors = []
-    try:
-        for pid in pids:
-            try:
-                descriptors.append(os.pidfd_open(pid))
-            except ProcessLookupError:
-                return
-            loop.add_reader(descriptors[-1], _resolve, ended)
-        await ended
-    finally:
-        for descriptor in descriptors:
-            loop.remove_reader(descriptor)
-            os.close(descriptor)
