@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 MARK = "CONCORD_RUN"
 KEPT_VARIABLES = ("CONCORD_CACHE_DIR",)
-READY_WITHIN_S = 180.0
+READY_WITHIN_S = 240.0
 GONE_WITHIN_S = 30.0
 
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -204,15 +204,26 @@ class RunningSystem:
         )
         return Finished(done.returncode, done.stdout.decode(), done.stderr.decode("utf-8", "replace"))
 
+    def start_concord(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """The same, without waiting for its end: stdin, stdout and stderr are pipes."""
+        return subprocess.Popen(
+            [concord_program(), *arguments, "--data", str(self.directory), "--output", "json"],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
     # --- its processes -------------------------------------------------------------------------------------------
 
     def processes(self, *, named: bool = True) -> list[Process]:
         """Every living process of this run. `named`: actors by their names, for which Ray is asked."""
         assert self._process is not None
         run = f"{MARK}={self._run()}".encode()
+        supervisor = self._process.pid if self._process.poll() is None else None
         found = []
         for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-            role = "supervisor" if pid == self._process.pid else _role(pid) if run in _environment(pid) else None
+            role = "supervisor" if pid == supervisor else _role(pid) if run in _environment(pid) else None
             process = None if role is None else _process(pid, role)
             if process is not None:
                 found.append(process)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -62,16 +62,12 @@ def comparable_rows(directory: Path, name: str, *, wanted: Callable[[Row], bool]
     Of an outcome's answer, which holds all of these and what else there was at that moment, the ids and types of its
     events count. `wanted` chooses rows by their whole content.
     """
-    namespace, _, table = name.partition(".")
-    file = directory / "tables" / f"{namespace}.db"
-    if not file.exists():
-        return []
-    with _opened(file) as database:
-        if table not in _tables(database):
-            return []
-        columns = _columns(database, table)
-        rows = [dict(zip(columns, row, strict=True)) for row in database.execute(f'SELECT * FROM "{table}"')]
-    return sorted(json.dumps(_comparable(row), sort_keys=True) for row in rows if wanted(row))
+    return sorted(json.dumps(_comparable(row), sort_keys=True) for row in _rows(directory, name) if wanted(row))
+
+
+def exact_rows(directory: Path, name: str) -> list[str]:
+    """The rows of a table to the last column, each as one line of JSON, sorted."""
+    return sorted(json.dumps(row, sort_keys=True) for row in _rows(directory, name))
 
 
 def differences(
@@ -95,11 +91,18 @@ def differences(
     return counted, found
 
 
-def rows_that_mention(directory: Path, text: str) -> Iterator[str]:
-    """`namespace.table` of every user table with a row that mentions `text` in any column."""
-    for name in COMPARED:
-        if any(text in row for row in comparable_rows(directory, name)):
-            yield name
+def _rows(directory: Path, name: str) -> list[Row]:
+    """The rows as they are stored; none of a table that does not exist (yet)."""
+    namespace, _, table = name.partition(".")
+    file = directory / "tables" / f"{namespace}.db"
+    if not file.exists():
+        return []
+    with _opened(file) as database:
+        if table not in _tables(database):
+            return []
+        columns = _columns(database, table)
+        rows = database.execute(f'SELECT * FROM "{table}"')
+        return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def _comparable(row: Mapping[str, Any]) -> Row:
