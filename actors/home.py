@@ -11,7 +11,6 @@ the reads it rests on: rule 3). Which trouble leads to which next step is the ta
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import uuid
 from collections.abc import Callable
@@ -84,6 +83,9 @@ NEXT_STEP = {
     Trouble.BROKEN: Step.SUSPECT,
 }
 
+LET_GO_TRIES = 6
+"""How often a participant that cannot be reached is asked to drop a transaction; after that it must find out."""
+
 CONFLICT = "conflict"
 """The reason of a refusal after the last retry."""
 
@@ -148,6 +150,7 @@ class Home:
         self._outcomes = outcomes_of(domain.name)
         self._coordinator = placement.coordinator_of(participation.actor)
         self._turns: dict[bytes, _Turn] = {}
+        self._letting_go: set[asyncio.Task[None]] = set()
 
     async def execute(self, batch: list[RawMessage]) -> list[Answer]:
         """The answer of each message, in order. Those with one key run one after another, others side by side."""
@@ -197,6 +200,30 @@ class Home:
             milliseconds=round(seconds * 1000, 1),
         )
         return answer
+
+    async def let_go(self, actor: str, tx_id: str) -> None:
+        """Have a participant drop a transaction that was not prepared there.
+
+        If it cannot be reached it is asked again in the background: it died, and knows nothing of it, or it lives and
+        still holds keys that others wait for.
+        """
+        if not await self._let_go_once(actor, tx_id):
+            task = asyncio.ensure_future(self._let_go_later(actor, tx_id))
+            self._letting_go.add(task)
+            task.add_done_callback(self._letting_go.discard)
+
+    async def _let_go_once(self, actor: str, tx_id: str) -> bool:
+        try:
+            await self._mailroom.ask(actor, "rollback", Rollback(tx_id))
+        except Exception:
+            return False
+        return True
+
+    async def _let_go_later(self, actor: str, tx_id: str) -> None:
+        for attempt in range(LET_GO_TRIES):
+            await asyncio.sleep(self._timing.soon_s * 2**attempt)
+            if await self._let_go_once(actor, tx_id):
+                return
 
     def _subject(self, parsed: ParsedCommand) -> Subject:
         return Subject(
@@ -443,13 +470,7 @@ class Attempt:
 
     async def _take_back(self) -> None:
         """Let go everywhere of an attempt that has asked for no decision."""
-        home, tx_id = self._home, self._workspace.tx_id
-        own = home._participation
-        others = [actor for actor in self._calls.touched if actor != own.actor]
-
-        async def let_go(actor: str) -> None:
-            with contextlib.suppress(Exception):  # it died, and its workspaces with it; or it will find out
-                await home._mailroom.ask(actor, "rollback", Rollback(tx_id))
-
-        own.close(self._workspace)
-        await asyncio.gather(*(let_go(actor) for actor in others))
+        home = self._home
+        home._participation.close(self._workspace)
+        others = [actor for actor in self._calls.touched if actor != home._participation.actor]
+        await asyncio.gather(*(home.let_go(actor, self._workspace.tx_id) for actor in others))

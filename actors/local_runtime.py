@@ -40,22 +40,19 @@ class LocalRuntime:
         self._names = names or actor_names(config)
         self._observer = observer or Observer()
         self._on_ask = on_ask
-        self._actors: dict[str, Actor] = {}
-        self._lifelines: dict[str, _Lifeline] = {}
-        self._mailrooms: dict[str, Mailroom] = {}
-        self._calls: dict[str, set[asyncio.Task[Any]]] = {}
-        self._gone: dict[str, asyncio.Future[None]] = {}
-        self._replaced: list[Actor] = []
+        self._living: dict[str, _Living] = {}
+        self._replaced: list[_Living] = []
 
     async def start(self) -> None:
         for name in self._names:
             await self.restart(name)
 
     async def stop(self) -> None:
-        for name in list(self._actors):
-            await self._actors.pop(name).stop()
-        for actor in self._replaced:
-            await actor.stop()
+        for living in (*self._living.values(), *self._replaced):
+            await living.actor.stop()
+            living.end()
+        self._living.clear()
+        self._replaced.clear()
 
     async def __aenter__(self) -> LocalRuntime:
         await self.start()
@@ -65,36 +62,32 @@ class LocalRuntime:
         await self.stop()
 
     async def ask(self, actor: str, method: str, items: Sequence[Any]) -> list[Any]:
-        target = self._actors.get(actor)
-        if target is None:
+        living = self._living.get(actor)
+        if living is None:
             raise ActorLostError(actor)
         if self._on_ask is not None:
             self._on_ask(actor, method, items)
-        call = asyncio.ensure_future(getattr(target, method)(pickle.loads(pickle.dumps(list(items)))))
-        calls, gone = self._calls[actor], self._gone[actor]
-        calls.add(call)
-        call.add_done_callback(calls.discard)
-        await asyncio.wait((call, gone), return_when=asyncio.FIRST_COMPLETED)
-        if gone.done() or call.cancelled():
+        call = asyncio.ensure_future(getattr(living.actor, method)(pickle.loads(pickle.dumps(list(items)))))
+        living.calls.add(call)
+        call.add_done_callback(living.calls.discard)
+        await asyncio.wait((call, living.gone), return_when=asyncio.FIRST_COMPLETED)
+        if living.gone.done() or call.cancelled():
             call.add_done_callback(_hear_out)
             raise ActorLostError(actor)
         replies: list[Any] = pickle.loads(pickle.dumps(call.result()))
         return replies
 
+    def names(self) -> list[str]:
+        """The actors that can be asked now."""
+        return list(self._living)
+
     def actor(self, name: str) -> Any:
         """The actor itself, for a test that must look inside."""
-        return self._actors[name]
+        return self._living[name].actor
 
     async def kill(self, name: str) -> None:
         """Stop an actor as a crash would: its memory is gone, its callers learn that it is lost."""
-        actor = self._actors.pop(name)
-        self._lifelines.pop(name).cut = True
-        self._mailrooms.pop(name).close()
-        self._gone.pop(name).set_result(None)
-        for call in list(self._calls.pop(name)):
-            call.cancel()
-        stopped = asyncio.ensure_future(actor.stop())
-        await asyncio.wait([stopped], timeout=1)
+        await self._bury(self._living.pop(name))
 
     async def replace(self, name: str) -> Actor:
         """Start a second actor of a name, as a supervisor does that takes the first for dead; returns the first.
@@ -102,15 +95,17 @@ class LocalRuntime:
         Whoever asks for the name finds the second, and whoever waits for the first is told that it is lost. The first
         is not told, and still works on what it has begun.
         """
-        first = self._actors.pop(name)
-        self._gone.pop(name).set_result(None)
+        first = self._living.pop(name)
+        first.gone.set_result(None)
         self._replaced.append(first)
         await self.restart(name)
-        return first
+        return first.actor
 
-    def bury(self, replaced: Actor) -> None:
-        """A replaced actor is dead now, and known to be."""
-        self._replaced.remove(replaced)
+    async def bury(self, replaced: Actor) -> None:
+        """A replaced actor dies now."""
+        living = next(living for living in self._replaced if living.actor is replaced)
+        self._replaced.remove(living)
+        await self._bury(living)
 
     async def restart(self, name: str) -> None:
         """Start an actor that is not there."""
@@ -125,14 +120,36 @@ class LocalRuntime:
             incarnations=_LocalIncarnations(self, lifeline),
         )
         await actor.start()
-        self._calls[name], self._gone[name] = set(), asyncio.get_running_loop().create_future()
-        self._lifelines[name], self._mailrooms[name], self._actors[name] = lifeline, mailroom, actor
+        self._living[name] = _Living(actor, lifeline, mailroom)
 
     def runs(self, incarnation: str) -> bool:
         """Whether an actor of this incarnation lives, known or replaced."""
-        return any(
-            getattr(actor, "incarnation", "") == incarnation for actor in (*self._actors.values(), *self._replaced)
-        )
+        living = (*self._living.values(), *self._replaced)
+        return any(getattr(one.actor, "incarnation", "") == incarnation for one in living)
+
+    async def _bury(self, living: _Living) -> None:
+        living.end()
+        await asyncio.wait([asyncio.ensure_future(living.actor.stop())], timeout=1)
+
+
+class _Living:
+    """An actor and all by which it reaches others."""
+
+    def __init__(self, actor: Actor, lifeline: _Lifeline, mailroom: Mailroom) -> None:
+        self.actor = actor
+        self.lifeline = lifeline
+        self.mailroom = mailroom
+        self.calls: set[asyncio.Task[Any]] = set()
+        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def end(self) -> None:
+        """Cut it off, and end what it was asked to do."""
+        self.lifeline.cut = True
+        self.mailroom.close()
+        if not self.gone.done():
+            self.gone.set_result(None)
+        for call in list(self.calls):
+            call.cancel()
 
 
 def _hear_out(call: asyncio.Task[Any]) -> None:

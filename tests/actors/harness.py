@@ -188,7 +188,7 @@ class PostOffice(LocalRuntime):
         raise ActorLostError(f"{actor}: died")
 
     async def kill_and_restart(self, actor: str) -> None:
-        if actor in self._actors:
+        if actor in self.names():
             await self.kill(actor)
             await self.restart(actor)
 
@@ -321,11 +321,23 @@ class System:
 
     def participants(self) -> list[Any]:
         """Every domain actor that lives, in its own flesh."""
-        names = [name for name in self.config.placement.actors() if not name.startswith("coordinator")]
-        return [self.runtime.actor(name) for name in names if name in self.runtime._actors]
+        actors = [self.runtime.actor(name) for name in self.runtime.names()]
+        return [actor for actor in actors if not isinstance(actor, CoordinatorActor)]
 
     def advance(self, seconds: float) -> None:
         self.clock.advance(int(seconds * 1000))
+
+    @asynccontextmanager
+    async def passing_time(self) -> AsyncIterator[None]:
+        """Let the clock run, twenty times as fast as it should."""
+
+        async def tick() -> None:
+            while True:
+                await asyncio.sleep(0.01)
+                self.advance(0.2)
+
+        async with in_background(tick()):
+            yield
 
     # ---- what storage holds ----------------------------------------------------------------------------------
 
@@ -378,7 +390,7 @@ class System:
         async with asyncio.timeout(PATIENT_S):
             while await self.unrest():
                 self.advance(5)
-                for actor in list(self.runtime._actors.values()):
+                for actor in map(self.runtime.actor, self.runtime.names()):
                     keep_house = actor.sweep if isinstance(actor, CoordinatorActor) else actor._as_participant.tidy
                     with suppress(StorageError):
                         await keep_house()

@@ -314,6 +314,21 @@ async def test_an_attempt_that_is_cancelled_in_its_handler_takes_everything_back
         await system.check_at_rest()
 
 
+async def test_a_participant_that_could_not_be_told_to_let_go_is_told_again(storage: Storage) -> None:
+    async with System(storage) as system:
+        await system.open_shop()
+        scripted("x1", ReserveStock, broken)
+        lost = system.intercept("payment-0", "rollback", Fate.LOST, times=3)
+
+        answer = await system.send(order("o1"), "x1")
+
+        # The clock stands still: nobody is idle, and nothing abandoned.
+        assert answer.reason == "handler_error"
+        await until(lambda: system.workspaces("payment-0") == 0)
+        assert lost.reached.is_set()
+        await system.check_at_rest()
+
+
 async def test_a_deferred_reply_that_nobody_collects_is_forgotten_with_its_transaction(storage: Storage) -> None:
     async with System(storage) as system:
         await system.open_shop()

@@ -738,8 +738,7 @@ async def test_rule_08_a_prepare_that_comes_late_is_undone_though_nobody_reads_a
         assert await system.in_doubt() == []
         assert [left.tx_id for left in await system.intents()] == [intent.tx_id]
 
-        await zombie.stop()
-        system.runtime.bury(zombie)
+        await system.runtime.bury(zombie)
         await coordinator.sweep()
         assert await system.state(intent.tx_id) is None
         await system.check_at_rest()
