@@ -1,0 +1,368 @@
+"""The supervisor with stand-ins for Kafka, Ray and workers: real processes that start at once and do nothing.
+
+What is shown is the supervisor's own work: order of start and stop, readiness, restarts, what it tells others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from infra.config import Settings, load_settings
+from infra.servers import guard
+from infra.servers.errors import ServerDiedError
+from infra.servers.processes import ChildProcess, spawn
+from scripts import up
+from scripts.cli.system import System
+from scripts.parts import Parts, Pauses, first_to_end
+from scripts.up import Addresses, StartFailedError, supervise
+
+SLEEP = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(300)"]
+
+HEALTHY = """
+import http.server, sys
+class Ready(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def log_message(self, *arguments): pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Ready).serve_forever()
+"""
+
+
+@dataclass
+class World:
+    """What the stand-ins share with the test. `events` is the order in which things happened."""
+
+    directory: Path
+    events: list[str] = field(default_factory=list)
+    addresses: list[str] = field(default_factory=lambda: ["127.0.0.1:1001"])
+    """Of Kafka's starts, one after the other; the last stays."""
+    worker: list[str] = field(default_factory=lambda: [sys.executable, "-I", "-S", "-c", HEALTHY])
+    kafka: ChildProcess | None = None
+    core: subprocess.Popen[bytes] | None = None
+    broken_starts: int = 0
+    ready: list[Addresses] = field(default_factory=list)
+
+    def parts(self) -> Parts:
+        return Parts(
+            kafka=lambda settings, progress: StandInKafka(self),
+            declare_topics=self._declare_topics,
+            start_cluster=self._start_cluster,
+            cluster_core=lambda run: [] if self.core is None else [self.core.pid],
+            clear_cluster=lambda run: None,
+            worker_command=lambda name, directory, port: [*self.worker, str(port)],
+        )
+
+    async def _declare_topics(self, bootstrap_servers: str, settings: Settings) -> None:
+        self.events.append(f"topics at {bootstrap_servers}")
+
+    def _start_cluster(self, settings: Settings) -> StandInCluster:
+        self.events.append("ray started")
+        if self.broken_starts:
+            self.broken_starts -= 1
+            raise RuntimeError("Ray does not start")
+        self.core = subprocess.Popen(SLEEP)
+        return StandInCluster(self)
+
+    @property
+    def runtime(self) -> dict[str, Any]:
+        return System.find(self.directory).runtime
+
+    @property
+    def worker_setup(self) -> dict[str, Any]:
+        setup: dict[str, Any] = json.loads((self.directory / "run" / "settings.json").read_text())
+        return setup
+
+
+class StandInKafka:
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    @property
+    def pid(self) -> int | None:
+        kafka = self._world.kafka
+        return None if kafka is None or kafka.exit_code is not None else kafka.pid
+
+    async def start(self) -> str:
+        world = self._world
+        world.kafka = spawn(SLEEP)
+        world.events.append("kafka started")
+        return world.addresses.pop(0) if len(world.addresses) > 1 else world.addresses[0]
+
+    async def wait(self) -> int:
+        assert self._world.kafka is not None
+        return await self._world.kafka.wait()
+
+    async def stop(self) -> None:
+        if self._world.kafka is not None:
+            await self._world.kafka.stop(grace_s=5)
+        self._world.events.append("kafka stopped")
+
+
+class StandInCluster:
+    address = "127.0.0.1:2001"
+    dashboard_url = "127.0.0.1:2002"
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    async def health(self, timeout_s: float = 5.0) -> dict[str, Any]:
+        return {"orders-0": object()}
+
+    def stop(self) -> None:
+        core = self._world.core
+        assert core is not None
+        core.kill()
+        core.wait()
+        self._world.events.append("ray stopped")
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.delenv(guard.MARK, raising=False)
+    return World(tmp_path / "data")
+
+
+def settings_of(world: World) -> Settings:
+    return load_settings(data_dir=world.directory, environment={}, http_port=0, dashboard_port=0, workers=2)
+
+
+@asynccontextmanager
+async def running(world: World) -> AsyncIterator[asyncio.Task[None]]:
+    """A supervised system that is ready; told to stop at the end, if it has not been."""
+    is_ready = asyncio.Event()
+
+    def on_ready(addresses: Addresses) -> None:
+        world.ready.append(addresses)
+        is_ready.set()
+
+    task = asyncio.create_task(supervise(settings_of(world), on_ready=on_ready, parts=world.parts()))
+    waiting = asyncio.create_task(is_ready.wait())
+    try:
+        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task
+        yield task
+    finally:
+        waiting.cancel()
+        if not task.done():
+            os.kill(os.getpid(), signal.SIGTERM)
+            await task
+
+
+async def eventually(holds: Callable[[], bool], *, within_s: float = 30) -> None:
+    async with asyncio.timeout(within_s):
+        while not holds():  # noqa: ASYNC110 - other processes set no event
+            await asyncio.sleep(0.02)
+
+
+async def is_ready(world: World) -> tuple[int, dict[str, Any]]:
+    async with aiohttp.ClientSession() as session, session.get(f"{world.ready[-1].http}/readyz") as response:
+        return response.status, await response.json()
+
+
+async def until_ready(world: World) -> None:
+    async with asyncio.timeout(30):
+        while (await is_ready(world))[0] != 200:  # noqa: ASYNC110 - what a prober does
+            await asyncio.sleep(0.02)
+
+
+def marked_children() -> list[int]:
+    return guard.marked(os.environ[guard.MARK])
+
+
+async def test_it_is_ready_only_when_everything_is_and_tells_where(world: World) -> None:
+    async with running(world):
+        [addresses] = world.ready
+        assert addresses.ready_line() == {
+            "ready": True,
+            "bootstrap_servers": "127.0.0.1:1001",
+            "http": addresses.http,
+            "dashboard": "http://127.0.0.1:2002",
+        }
+        assert world.runtime.items() >= addresses.ready_line().items()
+        assert (world.runtime["running"], world.runtime["pid"]) == (True, os.getpid())
+        assert System.find(world.directory).running
+        assert world.worker_setup["bootstrap_servers"] == "127.0.0.1:1001"
+        assert world.worker_setup["ray_address"] == "127.0.0.1:2001"
+        assert await is_ready(world) == (
+            200,
+            {
+                "ready": True,
+                "kafka": {"kafka": "ready"},
+                "actors": {"orders-0": "ready"},
+                "workers": {"worker-0": "ready", "worker-1": "ready"},
+            },
+        )
+
+
+async def test_a_clean_stop_ends_workers_then_ray_then_kafka_and_leaves_nothing(world: World) -> None:
+    async with running(world):
+        assert len(marked_children()) == 4  # Kafka, Ray's core, two workers
+
+    assert world.events[-2:] == ["ray stopped", "kafka stopped"]
+    assert marked_children() == []
+    assert (world.runtime["ready"], world.runtime["running"], world.runtime["pid"]) == (False, False, None)
+    assert not System.find(world.directory).running
+
+
+async def test_a_worker_that_dies_is_started_again(world: World) -> None:
+    async with running(world):
+        before = set(marked_children())
+        workers = before - {world.kafka.pid, world.core.pid}  # type: ignore[union-attr]
+        victim = min(workers)
+        os.kill(victim, signal.SIGKILL)
+        await eventually(lambda: len(set(marked_children()) - before) == 1)
+        await until_ready(world)
+
+        assert victim not in marked_children()
+
+
+async def test_kafka_that_dies_is_started_again_and_the_system_is_not_ready_meanwhile(world: World) -> None:
+    async with running(world):
+        assert world.kafka is not None
+        world.kafka.kill()
+        await eventually(lambda: world.events.count("kafka started") == 2)
+        await until_ready(world)
+
+        assert len(world.ready) == 1
+        assert world.runtime["bootstrap_servers"] == "127.0.0.1:1001"
+
+
+async def test_kafka_on_another_port_is_told_to_everybody(world: World) -> None:
+    world.addresses = ["127.0.0.1:1001", "127.0.0.1:1002"]
+    async with running(world):
+        before = set(marked_children())
+        assert world.kafka is not None
+        world.kafka.kill()
+        await eventually(lambda: world.runtime["bootstrap_servers"] == "127.0.0.1:1002")
+        assert world.worker_setup["bootstrap_servers"] == "127.0.0.1:1002"
+        # Kafka and both workers are other processes; Ray is the same.
+        await eventually(lambda: len(set(marked_children()) - before) == 3)
+        await until_ready(world)
+
+
+async def test_when_ray_itself_dies_it_is_started_anew_with_new_workers(world: World) -> None:
+    async with running(world):
+        before = set(marked_children())
+        first = world.core
+        assert first is not None
+        first.kill()
+        first.wait()
+        await eventually(lambda: world.core is not first and len(set(marked_children()) - before) == 3)
+        await until_ready(world)
+
+        assert world.kafka is not None
+        assert world.kafka.pid in before
+        assert world.events.count("kafka started") == 1
+
+
+async def test_ray_that_does_not_start_the_first_time_is_tried_again(world: World) -> None:
+    world.broken_starts = up.RAY_STARTS - 1
+
+    async with running(world):
+        assert world.events.count("ray started") == up.RAY_STARTS
+
+
+async def test_a_start_without_ray_fails_and_takes_kafka_back(world: World) -> None:
+    world.broken_starts = up.RAY_STARTS
+
+    with pytest.raises(RuntimeError, match="Ray does not start"):
+        async with running(world):
+            raise AssertionError("became ready")
+
+    assert world.events[-1] == "kafka stopped"
+    assert marked_children() == []
+    assert world.runtime == {}
+
+
+async def test_a_start_without_kafka_fails_and_takes_ray_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(kafka: StandInKafka) -> str:
+        raise ServerDiedError("Kafka ended.", remedy="See its log.")
+
+    monkeypatch.setattr(StandInKafka, "start", refuse)
+
+    with pytest.raises(ServerDiedError):
+        async with running(world):
+            raise AssertionError("became ready")
+
+    assert "ray stopped" in world.events
+    assert marked_children() == []
+
+
+async def test_workers_that_cannot_live_make_the_start_fail_with_the_place_of_their_log(world: World) -> None:
+    world.worker = [sys.executable, "-I", "-S", "-c", "raise SystemExit('no luck')"]
+
+    with pytest.raises(StartFailedError, match=r"logs/worker-\d\.log"):
+        async with running(world):
+            raise AssertionError("became ready")
+
+    assert "no luck" in (world.directory / "logs" / "worker-0.log").read_text()
+    assert marked_children() == []
+
+
+async def test_a_stop_during_the_start_takes_back_what_has_started(world: World) -> None:
+    world.worker = SLEEP  # never answers, so the system never becomes ready
+    task = asyncio.create_task(
+        supervise(settings_of(world), on_ready=lambda addresses: world.ready.append(addresses), parts=world.parts())
+    )
+    await eventually(lambda: guard.MARK in os.environ and len(marked_children()) == 4)
+
+    os.kill(os.getpid(), signal.SIGTERM)
+    await task
+
+    assert world.ready == []
+    assert marked_children() == []
+
+
+async def test_a_second_start_goes_on_in_the_same_directory(world: World) -> None:
+    async with running(world):
+        pass
+    async with running(world):
+        assert System.find(world.directory).running
+
+    assert len(world.ready) == 2
+
+
+def test_pauses_grow_and_begin_again_after_a_steady_time() -> None:
+    now_s = [0.0]
+    pauses = Pauses(lambda: now_s[0])
+    found = []
+    for _ in range(6):
+        found.append(pauses.next())
+        now_s[0] += found[-1]
+
+    assert found == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
+    now_s[0] += 11
+    assert pauses.next() == 0.5
+
+
+async def test_the_first_process_to_end_is_noticed_whoever_is_its_parent() -> None:
+    processes = [subprocess.Popen(SLEEP) for _ in range(2)]  # noqa: ASYNC220
+    try:
+        waiting = asyncio.create_task(first_to_end([process.pid for process in processes]))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        processes[1].kill()
+        async with asyncio.timeout(10):
+            await waiting
+        processes[1].wait()
+        async with asyncio.timeout(10):
+            await first_to_end([processes[1].pid])  # one that is gone already
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                process.kill()
+            process.wait()
