@@ -364,7 +364,7 @@ def test_the_supervisor_checks_before_it_makes_any_process(tmp_path: Path, monke
 
     monkeypatch.setattr(preflight, "check_ports", refuse)
     monkeypatch.setattr(up, "Guard", start)
-    monkeypatch.setattr(up, "LocalKafka", start)
+    monkeypatch.setattr(up, "_Supervisor", start)
 
     with pytest.raises(PortTakenError):
         asyncio.run(up.supervise(load_settings(data_dir=tmp_path, environment={}), on_ready=lambda addresses: None))
