@@ -1,0 +1,60 @@
+"""CPU seconds and memory of a running system, process by process. Reads /proc; Linux only."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infra.servers import guard
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Usage:
+    cpu_s: float
+    resident_mb: float
+
+
+def usage(runtime: dict[str, Any]) -> dict[str, Usage]:
+    """What each part of the system of a `runtime.json` has used so far; Ray's own processes are summed up."""
+    actors = _actor_pids(Path(runtime["storage"].removeprefix("sqlite://")))
+    found: dict[str, Usage] = {}
+    for pid in {*guard.marked(runtime["run"]), runtime["pid"]}:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+        except OSError:
+            continue
+        name = actors.get(pid) or _name(command, is_supervisor=pid == runtime["pid"])
+        before = found.get(name, Usage(0, 0))
+        cpu_s = (int(fields[11]) + int(fields[12])) / _TICKS
+        found[name] = Usage(before.cpu_s + cpu_s, before.resident_mb + int(fields[21]) * _PAGE / 2**20)
+    return found
+
+
+def spent(before: dict[str, Usage], after: dict[str, Usage]) -> dict[str, float]:
+    """CPU seconds by part between two looks, the greatest first."""
+    by_part = {name: now.cpu_s - before.get(name, Usage(0, 0)).cpu_s for name, now in after.items()}
+    return dict(sorted(by_part.items(), key=lambda item: -item[1]))
+
+
+def _name(command: str, *, is_supervisor: bool) -> str:
+    if is_supervisor:
+        return "supervisor"
+    if "kafka.Kafka" in command:
+        return "kafka"
+    if "scripts.worker" in command:
+        return command.partition("--name ")[2].split()[0]
+    return "ray itself"
+
+
+def _actor_pids(tables: Path) -> dict[int, str]:
+    """The newest incarnation of each actor names its process."""
+    with sqlite3.connect(f"file:{tables / 'coordinator.db'}?mode=ro", uri=True) as connection:
+        rows = connection.execute("SELECT actor, pid FROM incarnations ORDER BY started_at_ms").fetchall()
+    return {pid: actor for actor, pid in dict(rows).items()}
