@@ -93,12 +93,11 @@ async def assert_drains_on_ctrl_c(running: RunningSystem, customer: str) -> None
         }
         for number in range(2_000)
     ]
-    client = running.start_concord("send", "--ndjson", "-")
+    file = running.directory / "top-ups.ndjson"
+    file.write_text("\n".join(map(json.dumps, commands)))
+    client = running.start_concord("send", "--ndjson", str(file))
     try:
-        assert client.stdin is not None
         assert client.stdout is not None
-        await asyncio.to_thread(client.stdin.write, "\n".join(map(json.dumps, commands)).encode())
-        client.stdin.close()
         answered = [json.loads(await asyncio.to_thread(client.stdout.readline)) for _ in range(50)]
         assert await asyncio.to_thread(running.stop, number=signal.SIGINT) == 0, running.last_words()
         await asyncio.to_thread(running.wait_until_gone, within_s=ORPHANS_GONE_WITHIN_S)
