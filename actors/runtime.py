@@ -63,7 +63,7 @@ class Mailroom:
     together, so that a slow receiver makes batches larger and not queues longer.
     """
 
-    def __init__(self, runtime: Runtime, *, in_flight: int = 4, max_items: int = 256) -> None:
+    def __init__(self, runtime: Runtime, *, in_flight: int = 1, max_items: int = 256) -> None:
         self._runtime = runtime
         self._in_flight = in_flight
         self._max_items = max_items

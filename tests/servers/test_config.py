@@ -23,7 +23,7 @@ def test_the_defaults_are_the_local_profile() -> None:
     assert settings.profile == "local"
     assert settings.data_dir == Path.cwd() / ".concord"
     assert settings.kafka.command_partitions == 4
-    assert settings.actors.shards == {"orders": 2, "inventory": 2, "payment": 1, "shipping": 1}
+    assert settings.actors.shards == {"orders": 2, "inventory": 1, "payment": 1, "shipping": 1}
     assert (settings.retry.tries, settings.retry.initial_ms, settings.retry.max_ms) == (10, 100, 10_000)
     assert (settings.kafka.retention_commands_hours, settings.outcome.window_hours) == (72, 168)
 
@@ -57,7 +57,7 @@ def test_a_domain_without_shards_of_its_own_keeps_the_default() -> None:
     for value in ({"CONCORD_ACTORS__SHARDS__ORDERS": "4"}, {"CONCORD_ACTORS__SHARDS": '{"orders": 4}'}):
         actors = load_settings(environment=value).actors
 
-        assert [actors.shards_of(name) for name in ("orders", "inventory", "payment", "chat")] == [4, 2, 1, 1]
+        assert [actors.shards_of(name) for name in ("orders", "inventory", "payment", "chat")] == [4, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
