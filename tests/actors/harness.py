@@ -187,6 +187,14 @@ class PostOffice(LocalRuntime):
         await self.kill_and_restart(actor)
         raise ActorLostError(f"{actor}: died")
 
+    async def restart(self, name: str) -> None:
+        """As a supervisor does it: again, if storage could not serve."""
+        while True:
+            try:
+                return await super().restart(name)
+            except StorageError:
+                await asyncio.sleep(0.002)
+
     async def kill_and_restart(self, actor: str) -> None:
         if actor in self.names():
             await self.kill(actor)
