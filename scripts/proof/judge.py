@@ -53,7 +53,7 @@ class Seen:
 
     @cached_property
     def body(self) -> Any:
-        """The value as JSON; only of messages that the system made."""
+        """The value as JSON; raises ValueError for what is none."""
         return json.loads(self.value or b"null")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,31 @@ def differences(
         if len(left) != len(right) and not (only_left or only_right):
             found.append(f"{name}: {len(left)} rows and {len(right)} rows")
     return counted, found
+
+
+def traces(directory: Path, ids: Set[str]) -> list[str]:
+    """A sentence for each of `ids` that a row of any table but the outcomes has, as a value, however deep within."""
+    return [
+        f"{name}: {id} in {row}"
+        for name in COMPARED
+        if not name.endswith(".outcomes")
+        for row in _rows(directory, name)
+        for id in sorted(ids & set(texts(row)))
+    ]
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, names aside; a text that is JSON itself is looked into."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts(item)
+    elif isinstance(value, str):
+        if value[:1] in ("{", "["):
+            yield from texts(json.loads(value))
+        yield value
 
 
 def _rows(directory: Path, name: str) -> list[Row]:

@@ -1,0 +1,78 @@
+"""`python -m scripts.proof replay|small-stock|chaos --file FILE`: run a long proof and print its report as JSON.
+
+Exit code 0 only if everything held. Systems are started and stopped by the proof itself, in a new directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scripts.proof import scenarios
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m scripts.proof", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="scenario", required=True)
+    for name, help in (
+        ("replay", "a file, its formulas, and the file again"),
+        ("small-stock", "a file with little stock and money: refused orders leave only their answers"),
+        ("chaos", "a file while processes are killed, compared with the same file in peace"),
+    ):
+        command = commands.add_parser(name, help=help)
+        command.add_argument("--file", type=Path, action="append", required=True, help="Online Retail, .csv or .csv.gz")
+        command.add_argument("--limit", type=int, default=0, help="only so many invoices; 0: all")
+        command.add_argument("--work", type=Path, help="keep systems and their data in this directory")
+        if name == "small-stock":
+            command.add_argument("--initial-stock", type=int, default=100)
+            command.add_argument("--initial-balance", type=int, default=100_000, help="pence")
+        if name == "chaos":
+            command.add_argument("--seed", type=int, default=1)
+            command.add_argument("--times", type=int, default=3, help="how often each kind of process is killed")
+    return parser
+
+
+def _run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    run: dict[str, Callable[[], dict[str, Any]]] = {
+        "replay": lambda: scenarios.prove_replay(arguments.file, work, limit=arguments.limit),
+        "small-stock": lambda: scenarios.prove_small_stock(
+            arguments.file,
+            work,
+            limit=arguments.limit,
+            initial_stock=arguments.initial_stock,
+            initial_balance=arguments.initial_balance,
+        ),
+        "chaos": lambda: scenarios.prove_chaos(
+            arguments.file, work, limit=arguments.limit, seed=arguments.seed, times=arguments.times
+        ),
+    }
+    return run[arguments.scenario]()
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    for file in arguments.file:
+        if not file.is_file():
+            print(f"There is no file {file}.", file=sys.stderr)
+            return 2
+    work = arguments.work or Path(tempfile.mkdtemp(prefix="concord-proof."))
+    started_s = time.monotonic()
+    try:
+        report = {"scenario": arguments.scenario, "files": [str(file) for file in arguments.file]}
+        report |= _run(arguments, work)
+    finally:
+        if arguments.work is None:
+            shutil.rmtree(work, ignore_errors=True)
+    print(json.dumps({**report, "seconds": round(time.monotonic() - started_s, 1)}, indent=1, ensure_ascii=False))
+    return 0 if report["holds"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
