@@ -31,8 +31,9 @@ from actors.messages import (
     Validate,
     Verdict,
 )
-from actors.runtime import ActorLostError, Mailroom, Placement, actor_name
+from actors.runtime import Mailroom, Placement, actor_name
 from actors.timing import Timing
+from actors.work import trouble_of
 from infra.clock import Clock
 from infra.consensus_commit.coordinator import CoordinatorStates, StateRow
 from infra.consensus_commit.errors import UnknownTransactionStatusError
@@ -45,6 +46,8 @@ from schemas.partitioning import shard_of
 log = structlog.get_logger()
 
 PRUNE_INTERVAL_S = 3_600.0
+
+SWEPT_AT_ONCE = 64
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 2.0
@@ -120,8 +123,8 @@ class CoordinatorActor:
                     await self._intents.record([intent])
             except Exception as error:
                 await self._roll_back(request)
-                trouble = Trouble.UNAVAILABLE if isinstance(error, StorageError) else Trouble.BROKEN
-                return Decision(trouble=trouble, detail=str(error))
+                trouble = trouble_of(error)
+                return Decision(trouble=trouble.trouble, detail=trouble.detail)
             try:
                 verdict = await self._forward(request, writers)
             except Exception as error:  # what the participants have done is unknown then
@@ -292,17 +295,21 @@ class CoordinatorActor:
         intents = await self._ours()
         now_s = self._clock.monotonic_s()
         self._first_seen_s = {intent.tx_id: self._first_seen_s.get(intent.tx_id, now_s) for intent in intents}
+        due = [
+            intent
+            for intent in intents
+            if intent.tx_id not in living and intent.tx_id not in self._active and self._due(intent)
+        ]
         left = 0
-        for intent in intents:
-            if intent.tx_id in living or intent.tx_id in self._active or not self._due(intent):
-                continue
-            try:
-                left += not await self._settle_intent(intent)
-            except StorageError:
-                raise
-            except Exception:  # one that cannot be settled must not keep the others in doubt
-                left += 1
-                log.exception("an intent cannot be settled", actor=self.name, tx_id=intent.tx_id)
+        for first in range(0, len(due), SWEPT_AT_ONCE):
+            batch = due[first : first + SWEPT_AT_ONCE]
+            settled = await asyncio.gather(*map(self._settle_intent, batch), return_exceptions=True)
+            for intent, outcome in zip(batch, settled, strict=True):
+                left += outcome is not True
+                if isinstance(outcome, Exception):  # one that cannot be settled must not keep the others in doubt
+                    log.error("settling waits", actor=self.name, tx_id=intent.tx_id, exc_info=outcome)
+                elif isinstance(outcome, BaseException):
+                    raise outcome
         return left
 
     async def _ours(self) -> list[Intent]:
@@ -359,8 +366,9 @@ class CoordinatorActor:
     async def _has_let_go(self, actor: str, incarnation: str, tx_id: str) -> bool:
         """Whether a living participant, the same incarnation still, says that nothing of a transaction is under way."""
         try:
-            health: Health = await self._mailroom.ask(actor, "health", None)
-        except ActorLostError:
+            asked = self._mailroom.ask(actor, "health", None)
+            health: Health = await asyncio.wait_for(asked, self._timing.health_timeout_s)
+        except Exception:
             return False
         return health.incarnation == incarnation
 

@@ -441,7 +441,8 @@ class Attempt:
             # The outcome row is part of the write: the next attempt finds it, or finds nothing of this one.
             return Decision(trouble=Trouble.LOST, detail=str(error))
         except StorageError as error:
-            return Decision(trouble=Trouble.UNAVAILABLE, detail=str(error))
+            trouble = trouble_of(error)  # unavailable, or a value that the storage will never take
+            return Decision(trouble=trouble.trouble, detail=trouble.detail)
         finally:
             participation.close(workspace)
         return Decision(committed_at_ms=committed_at_ms)

@@ -60,9 +60,6 @@ log = structlog.get_logger()
 ENDED_REMEMBERED = 10_000
 """How many ended transactions a participant remembers."""
 
-HEALTH_TIMEOUT_S = 1.0
-"""How long a home that may be gone has to answer."""
-
 
 @dataclass(eq=False)
 class Workspace:
@@ -81,6 +78,8 @@ class Workspace:
     may_have_written: bool = False
     next_turn: list[asyncio.Future[None]] = field(default_factory=list)
     deferred: dict[int, asyncio.Task[InvocationReply]] = field(default_factory=dict)
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """At its home, whether the handler writes or a call of it to the same actor runs."""
     phase: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One phase at a time: a roll-back that overtook its prepare would leave that prepare's records behind."""
 
@@ -168,6 +167,7 @@ class Participation:
             routing_key=routing_key,
             now_ms=now_ms,
             calls=calls,
+            writing=workspace.writing if calls is not None else None,
         )
 
     def share(self, workspace: Workspace) -> Share:
@@ -241,7 +241,10 @@ class Participation:
             if not await workspace.take_turn(invocation.first):
                 return self._forgotten(len(invocation.calls))
             try:
-                results = [await self._run(workspace, invocation, call) for call in invocation.calls]
+                results = []
+                for call in invocation.calls:
+                    async with workspace.writing:
+                        results.append(await self._run(workspace, invocation, call))
             finally:
                 workspace.end_turn()
         finally:
@@ -391,7 +394,7 @@ class Participation:
         for home in homes:
             try:
                 health: Health = await asyncio.wait_for(
-                    self._mailroom.ask_alone(home, "health", None), HEALTH_TIMEOUT_S
+                    self._mailroom.ask_alone(home, "health", None), self._timing.health_timeout_s
                 )
             except (ActorLostError, TimeoutError):
                 continue  # it may only be slow; what is abandoned for long is dropped anyway
@@ -437,4 +440,6 @@ def json_safe(value: Any) -> Any:
 
 def _verdict(error: Exception) -> Verdict:
     trouble = trouble_of(error)
+    if trouble.trouble is Trouble.BROKEN:
+        log.error("a phase failed", exc_info=error)
     return Verdict(trouble.trouble, trouble.detail)

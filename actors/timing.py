@@ -32,6 +32,9 @@ class Timing:
     homes_asked_after_s: float = 2.0
     """A workspace that was idle for so long, and has not prepared, has its home asked whether it still lives."""
 
+    health_timeout_s: float = 1.0
+    """How long an actor that may be gone has to say that it lives."""
+
     abandoned_after_s: float = 30.0
     """A workspace that was idle for so long, and has not prepared, is dropped whatever its home is."""
 

@@ -172,7 +172,11 @@ def _over() -> TroubleError:
 
 
 class Work:
-    """Implements actors.domain.Transaction for one handler's run over one actor's records."""
+    """Implements actors.domain.Transaction for one handler's run over one actor's records.
+
+    `writing` is held over each write: a call that the home makes to itself holds it from end to end, because a refused
+    call takes back everything that was written since it began.
+    """
 
     def __init__(
         self,
@@ -185,12 +189,14 @@ class Work:
         routing_key: str,
         now_ms: int,
         calls: Calls | None = None,
+        writing: asyncio.Lock | None = None,
     ) -> None:
         self._records = records
         self._ownership = ownership
         self._owner = owner
         self._placement = placement
         self._calls = calls
+        self._writing = writing or asyncio.Lock()
         self._routing_key = routing_key
         self.command_id = command_id
         self.now_ms = now_ms
@@ -214,16 +220,16 @@ class Work:
         return await self._do(self._scan(table, (routing_key, *prefix)))
 
     async def insert(self, table: Table[R], record: R) -> None:
-        await self._do(self._insert(table, record))
+        await self._write(self._insert(table, record))
 
     async def upsert(self, table: Table[R], record: R) -> None:
-        await self._do(self._upsert(table, record))
+        await self._write(self._upsert(table, record))
 
     async def update(self, table: Table[R], record: R) -> None:
-        await self._do(self._update(table, record))
+        await self._write(self._update(table, record))
 
     async def delete(self, table: Table[Any], *key: Value) -> None:
-        await self._do(self._delete(table, key))
+        await self._write(self._delete(table, key))
 
     async def call(self, command: Command) -> dict[str, Any]:
         if self._calls is None:
@@ -284,6 +290,16 @@ class Work:
             self._running -= 1
             if self._idle is not None and not self._idle.done():
                 self._idle.set_result(None)
+
+    async def _write(self, operation: Coroutine[Any, Any, None]) -> None:
+        try:
+            await self._do(self._alone(operation))
+        finally:
+            operation.close()
+
+    async def _alone(self, operation: Coroutine[Any, Any, None]) -> None:
+        async with self._writing:
+            await operation
 
     async def _get(self, table: Table[R], key: tuple[Value, ...]) -> R | None:
         row = await self._records.get(table.schema, await self._own(table, key))

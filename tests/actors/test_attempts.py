@@ -217,6 +217,70 @@ async def test_the_first_answer_and_the_stored_one_are_equal_whatever_a_handler_
         assert await system.send(check, "x1") == first
 
 
+async def test_a_value_that_storage_will_never_take_is_a_dead_letter_and_not_waited_for(storage: Storage) -> None:
+    async def too_much(tx: Transaction, command: RestockProduct) -> None:
+        shelf = await tx.get(PRODUCTS, command.category, "p0")
+        assert shelf is not None
+        await tx.update(PRODUCTS, shelf.with_(quantity=2**70))
+
+    async with System(storage) as system:
+        await system.open_shop()
+        scripted("x1", RestockProduct, too_much)
+        restock = RestockProduct(category="art", items=(StockItem(product_id="p0", quantity=1),))
+
+        answer = await system.send(restock, "x1")
+
+        assert (answer.status, answer.reason) == ("dead-lettered", "handler_error")
+        assert Trouble.UNAVAILABLE not in system.troubles
+        await system.check_at_rest()
+
+
+async def test_a_refused_call_to_the_homes_own_actor_takes_back_what_it_wrote_and_no_more(storage: Storage) -> None:
+    """The handler writes while the call runs: both work on one transaction's records."""
+    called, written = PatientEvent(), PatientEvent()
+
+    async def write_then_refuse(tx: Transaction, command: RestockProduct) -> None:
+        shelf = await tx.get(PRODUCTS, command.category, "p1")
+        assert shelf is not None
+        await tx.update(PRODUCTS, shelf.with_(name="overwritten"))
+        called.set()
+        for _ in range(20):
+            await asyncio.sleep(0)  # time for the handler to write, if it may
+        raise Refused("no")
+
+    async def write_beside(tx: Transaction, command: CheckAvailability) -> dict[str, Any]:
+        shelf = await tx.get(PRODUCTS, command.category, "p0")
+        assert shelf is not None
+
+        async def write() -> None:
+            await called.wait()
+            await tx.update(PRODUCTS, shelf.with_(name="renamed"))
+            written.set()
+
+        writing = asyncio.ensure_future(write())
+        try:
+            await tx.call(RestockProduct(category="art", items=(StockItem(product_id="p1", quantity=1),)))
+        except Refused as refusal:
+            await writing
+            return {"reason": refusal.reason}
+        return {}
+
+    async with System(storage) as system:
+        await system.open_shop()
+        scripted("x1", CheckAvailability, write_beside)
+        scripted("x1", RestockProduct, write_then_refuse)
+        check = CheckAvailability(category="art", items=(StockItem(product_id="p0", quantity=1),))
+
+        answer = await system.send(check, "x1")
+
+        assert (answer.status, answer.result) == ("committed", {"reason": "no"})
+        await system.check_at_rest()
+        names = {
+            row["product_id"]: row["name"] for row in await system.dump(PRODUCTS.full_name) if row["category"] == "art"
+        }
+        assert names == {"p0": "renamed", "p1": "p1"}
+
+
 # ---- what an attempt must not leave behind -----------------------------------------------------------------------
 
 
