@@ -186,7 +186,7 @@ async def test_a_message_without_a_key_and_one_with_another_do_not_stop_any_part
         bad = raw(good_order(f"unkeyed-{number}"), key=None)
         await shop.publish(bad.topic, bad.key, bad.value, bad.headers)
 
-    customers = [f"bad-{letter}" for letter in "abcdefgh"]  # enough to meet every partition
+    customers = [f"bad-{letter}" for letter in "abcdefghijklmnopqrst"]  # enough to meet every partition
     await shop.committed(*map(wallet, customers))
     await shop.committed(*(order(who, f"after-{who}", (CATEGORY, "tea", 1, 250)) for who in customers))
     asked = shop.witness.history.commands("orders")
