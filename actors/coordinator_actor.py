@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 import structlog
 
@@ -242,7 +242,7 @@ class CoordinatorActor:
         message = Rollback(request.tx_id)
         return await self._ask_all("rollback", {share.actor: message for share in request.shares})
 
-    async def _ask_all(self, method: str, messages: dict[str, object]) -> list[object]:
+    async def _ask_all(self, method: str, messages: Mapping[str, object]) -> list[object]:
         """One answer for each participant; of one that was lost, or broke, what it did is unknown: LOST."""
 
         async def ask(actor: str, message: object) -> object:

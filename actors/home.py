@@ -421,7 +421,8 @@ class Attempt:
         await reach("home.before_commit_request")
         self._left_to_coordinator = True
         try:
-            return await home._mailroom.ask(home._coordinator, "commit", request)
+            decision: Decision = await home._mailroom.ask(home._coordinator, "commit", request)
+            return decision
         except Exception as error:  # lost, or broken half-way: only the state row knows
             return await self._ask_the_state(str(error), shares)
 

@@ -11,7 +11,7 @@ import platform
 from pathlib import Path
 
 from infra.clock import Clock
-from infra.storage.operations import DataType, Key, Put, Scan, TableSchema
+from infra.storage.operations import DataType, Key, Put, Scan, TableSchema, Value
 from infra.storage.port import Storage
 
 INCARNATIONS = TableSchema(
@@ -31,7 +31,7 @@ INCARNATIONS = TableSchema(
 
 
 class Incarnations:
-    """Registers this process and judges others. Processes of another machine, or boot, are judged by `gone_hosts`."""
+    """Registers this process and judges others. Of a process on another machine nothing is known: it may live."""
 
     def __init__(self, storage: Storage, clock: Clock) -> None:
         self._storage = storage
@@ -43,7 +43,7 @@ class Incarnations:
     async def register(self, actor: str) -> str:
         """A new incarnation of `actor`, run by this process."""
         incarnation = self._clock.new_id()
-        columns = {
+        columns: dict[str, Value] = {
             "boot_id": boot_id(),
             "pid": os.getpid(),
             "process_started": process_started(os.getpid()) or 0,

@@ -9,13 +9,12 @@ from __future__ import annotations
 from functools import cache
 
 from actors.domain import Record, Table
+from infra.consensus_commit.metadata import transactional
+from infra.consensus_commit.states import TransactionState
 from infra.storage.errors import NoMutationError
 from infra.storage.operations import ColumnCondition, Delete, If, Key, Operator, Scan
 from infra.storage.port import Storage
 from schemas.outcome import Answer
-
-COMMITTED_STATE = 3
-"""`tx_state` of a record at rest (infra.consensus_commit.states): only such rows may be pruned."""
 
 
 class Outcome(Record):
@@ -47,9 +46,9 @@ def outcome_row(answer: Answer) -> Outcome:
         status=answer.status,
         reason=answer.reason,
         digest=answer.digest,
-        transaction_id=answer.tx_id,
+        transaction_id=answer.tx_id or "",
         received_at_ms=answer.received_at_ms,
-        committed_at_ms=answer.committed_at_ms,
+        committed_at_ms=answer.committed_at_ms or 0,
         answer=answer.model_dump_json(),
     )
 
@@ -62,9 +61,9 @@ async def prune_outcomes(
     The age is a condition of every delete, so that no row that is younger, or in doubt, can go whatever was read.
     """
     old = ColumnCondition("committed_at_ms", Operator.LT, before_ms)
-    settled = ColumnCondition("tx_state", Operator.EQ, COMMITTED_STATE)
+    settled = ColumnCondition("tx_state", Operator.EQ, TransactionState.COMMITTED.value)  # and not in doubt
     pruned = 0
-    schema = _transactional(table)
+    schema = transactional(table.schema)
     for bucket in buckets:
         for number in range(table.slices):
             while rows := await storage.scan(Scan(schema, (bucket, number), where=(old, settled), limit=batch)):
@@ -80,9 +79,3 @@ async def prune_outcomes(
                 if deleted == 0:
                     break
     return pruned
-
-
-def _transactional(table: Table[Outcome]):  # type: ignore[no-untyped-def]
-    from infra.consensus_commit.metadata import transactional
-
-    return transactional(table.schema)

@@ -140,7 +140,7 @@ class PostOffice(LocalRuntime):
         super().__init__(*args, **options)
         self.interceptions: list[Interception] = []
         self.carried: Counter[tuple[str, str]] = Counter()
-        self._late: set[asyncio.Task[Any]] = set()
+        self._late: set[asyncio.Future[Any]] = set()
 
     async def ask(self, actor: str, method: str, items: Sequence[Any]) -> list[Any]:
         self.carried[(actor, method)] += 1
@@ -174,7 +174,10 @@ class PostOffice(LocalRuntime):
                 await self._die(actor)
             case Fate.VISITED:
                 assert what.visitor is not None
-                await what.visitor()
+                visit = asyncio.ensure_future(what.visitor())  # it is done even if the sender dies of it
+                self._late.add(visit)
+                visit.add_done_callback(self._late.discard)
+                await asyncio.shield(visit)
             case Fate.HELD:
                 await what.released.wait()
             case Fate.ANSWER_HELD:
@@ -184,7 +187,7 @@ class PostOffice(LocalRuntime):
         return await super().ask(actor, method, items)
 
     async def _die(self, actor: str) -> None:
-        await self.kill_and_restart(actor)
+        await asyncio.shield(self.kill_and_restart(actor))
         raise ActorLostError(f"{actor}: died")
 
     async def restart(self, name: str) -> None:
@@ -199,6 +202,11 @@ class PostOffice(LocalRuntime):
         if actor in self.names():
             await self.kill(actor)
             await self.restart(actor)
+
+    async def bury_replaced(self) -> None:
+        """Let everyone die who was taken for dead."""
+        for living in list(self._replaced):
+            await self.bury(living.actor)
 
     async def _arrive_late(self, what: Interception, actor: str, method: str, items: Sequence[Any]) -> None:
         await what.released.wait()
@@ -337,12 +345,14 @@ class System:
 
     @asynccontextmanager
     async def passing_time(self) -> AsyncIterator[None]:
-        """Let the clock run, twenty times as fast as it should."""
+        """Let the clock run, twenty times as fast as it should; slower where this process is starved of the CPU."""
+        loop = asyncio.get_running_loop()
 
         async def tick() -> None:
             while True:
+                began_s = loop.time()
                 await asyncio.sleep(0.01)
-                self.advance(0.2)
+                self.advance(0.2 * min(1, 0.015 / (loop.time() - began_s)))
 
         async with in_background(tick()):
             yield

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import Counter
 
 import pytest
-from harness import COORDINATOR, Fate, System, in_background, order, until
+from harness import COORDINATOR, Fate, Interception, System, in_background, order, until
 from weather import Fault, writes_to
 
 from actors.inventory.tables import PRODUCTS
@@ -14,8 +15,17 @@ from actors.messages import Trouble
 from actors.payment.tables import WALLETS
 from actors.system import Actor
 from infra.storage.port import Storage
+from schemas.inventory import (
+    CancelReservation,
+    CheckAvailability,
+    ReserveStock,
+    RestockProduct,
+    StockItem,
+    WriteOffStock,
+)
 from schemas.message import Command
-from schemas.orders import PlaceOrder
+from schemas.orders import CancelOrder, CompleteOrder, PlaceOrder, ReturnGoods, ShipOrder
+from schemas.payment import TopUpWallet
 
 
 def orders(count: int, *, seed: int, customers: int = 3, products: int = 2) -> list[tuple[str, Command]]:
@@ -80,33 +90,46 @@ async def test_when_goods_run_out_exactly_what_is_there_is_sold(storage: Storage
         assert await system.send_all(sent) == answers
 
 
+def bad_weather(system: System, draw: random.Random, *, faults: int, zombies: bool = False) -> list[Interception]:
+    """Storage that fails now and then, messages that are lost, late or doubled, actors that die: all at once."""
+    for _ in range(faults):
+        system.storage.fail(draw.choice(list(Fault)), nth=draw.randint(1, 2000), times=draw.randint(1, 3))
+    names = [actor.name for actor in system.participants()]
+    methods = ("invoke", "prepare", "commit", "rollback", "collect", "validate", "settle")
+    interceptions = [
+        system.intercept(
+            draw.choice(names),
+            draw.choice(methods),
+            draw.choice([Fate.LOST, Fate.UNANSWERED, Fate.LATE, Fate.TWICE]),
+            nth=draw.randint(1, 10),
+        )
+        for _ in range(faults)
+    ]
+    for actor in (*names, COORDINATOR):
+        nth = draw.randint(20, 200)
+        taken_for_dead = zombies and draw.random() < 0.3
+
+        async def strike(actor: str = actor, taken_for_dead: bool = taken_for_dead) -> None:
+            if taken_for_dead and actor in system.runtime.names():
+                await system.replace(actor)
+            else:
+                await system.runtime.kill_and_restart(actor)
+
+        interceptions.append(system.intercept("", "", Fate.VISITED, nth=nth, visitor=strike))
+    return interceptions
+
+
 @pytest.mark.parametrize("seed", range(4))
 async def test_in_any_weather_every_order_has_one_effect(memory: Storage, seed: int) -> None:
-    """Storage that fails now and then, messages that are lost, late or doubled, actors that die, all at once."""
     draw = random.Random(seed)
     sent = orders(40, seed=seed)
     async with System(memory) as system:
         await system.open_shop(quantity=10_000, customers=3)
-        for _ in range(25):
-            system.storage.fail(draw.choice(list(Fault)), nth=draw.randint(1, 2500), times=draw.randint(1, 3))
-        domain_actors = [actor.name for actor in system.participants()]
-        methods = ("invoke", "prepare", "commit", "rollback", "collect", "validate", "settle")
-        late = []
-        for _ in range(15):
-            fate = draw.choice([Fate.LOST, Fate.UNANSWERED, Fate.LATE, Fate.TWICE])
-            late.append(
-                system.intercept(draw.choice(domain_actors), draw.choice(methods), fate, nth=draw.randint(1, 10))
-            )
-        for actor in (*domain_actors, COORDINATOR):
-
-            async def crash(actor: str = actor) -> None:
-                await system.runtime.kill_and_restart(actor)
-
-            system.intercept("", "", Fate.VISITED, nth=draw.randint(20, 200), visitor=crash)
+        weather = bad_weather(system, draw, faults=20)
 
         async with system.passing_time():
             answers = await system.send_all(sent)
-        for interception in late:
+        for interception in weather:
             interception.let_go()
 
         assert Counter(answer.status for answer in answers) == {"committed": len(sent)}
@@ -114,6 +137,73 @@ async def test_in_any_weather_every_order_has_one_effect(memory: Storage, seed: 
         await system.check_at_rest()
         await check_versions(system, sent)
         assert await system.send_all(sent) == answers
+
+
+def business(draw: random.Random, *, customers: int, each: int) -> list[list[tuple[str, Command]]]:
+    """What each customer asks for, one after another: orders and their steps, legal or not; money; reservations."""
+    days: list[list[tuple[str, Command]]] = []
+    for number in range(customers):
+        customer, day = f"c{number}", []
+        for _ in range(each):
+            order_id = f"{customer}-o{draw.randrange(4)}"
+            shelf = (draw.choice(["art", "books", "coins"]), f"p{draw.randrange(2)}")
+            placed = order(order_id, customer=customer, lines=[(*shelf, draw.randint(1, 30))])
+            item = StockItem(product_id=shelf[1], quantity=draw.randint(1, 20))
+            command: Command = draw.choice(
+                [
+                    placed,
+                    placed,
+                    ShipOrder(customer_id=customer, order_id=order_id),
+                    CompleteOrder(customer_id=customer, order_id=order_id),
+                    CancelOrder(customer_id=customer, order_id=order_id),
+                    ReturnGoods(
+                        customer_id=customer,
+                        return_id=f"r{draw.randrange(5)}",
+                        order_id=order_id,
+                        lines=placed.lines,
+                        currency="GBP",
+                    ),
+                    TopUpWallet(customer_id=customer, amount=draw.randint(1, 1000), currency="GBP"),
+                    RestockProduct(category=shelf[0], items=(item,)),
+                    WriteOffStock(category=shelf[0], product_id=shelf[1], quantity=item.quantity),
+                    ReserveStock(
+                        category=shelf[0], order_id=order_id, customer_id=customer, items=(item,), expires_in_ms=10**6
+                    ),
+                    CancelReservation(category=shelf[0], order_id=order_id),
+                    CheckAvailability(category=shelf[0], items=(item,)),
+                ]
+            )
+            day.append((f"{customer}-x{len(day)}", command))
+        days.append(day)
+    return days
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_in_any_weather_a_day_of_all_kinds_of_business_ends_with_balanced_books(
+    memory: Storage, seed: int
+) -> None:
+    """Half of it is refused. Some actors are taken for dead and live on beside their successors."""
+    draw = random.Random(seed)
+    days = business(draw, customers=5, each=10)
+    async with System(memory) as system:
+        await system.open_shop(quantity=60, customers=5)
+        weather = bad_weather(system, draw, faults=15, zombies=True)
+
+        async def live(day: list[tuple[str, Command]]) -> None:
+            for id, command in day:
+                await system.send(command, id)
+
+        async with system.passing_time():
+            await asyncio.gather(*map(live, days))
+        for interception in weather:
+            interception.let_go()
+        await system.runtime.bury_replaced()
+
+        statuses = Counter(answer.status for answer in system.answers.values())
+        assert statuses.keys() == {"committed", "refused"}
+        assert statuses["refused"] > 3
+        assert "conflict" not in {answer.reason for answer in system.answers.values()}
+        await system.check_at_rest()
 
 
 # ---- two of a name -----------------------------------------------------------------------------------------------

@@ -476,6 +476,9 @@ async def test_rule_05_what_a_refused_handler_left_running_writes_nothing_any_mo
         async with in_background(system.send(order("o1"), "x1")) as sending:
             await slow.reached.wait()
             await given_up.wait()
+            await asyncio.sleep(0.03)  # time enough to answer, and be wrong
+            assert not sending.done()
+            assert await system.outcome("orders", "x1") == []
             slow.let_go()
             answer = await sending
         await until(lambda: len(strays) == 2)
