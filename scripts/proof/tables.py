@@ -17,6 +17,9 @@ from urllib.parse import quote
 COMMITTED = 3
 """`tx_state` of a record at rest; null is one that was there before transactions were."""
 
+ABORTED = 4
+"""`tx_state` of a transaction that is not committed and never will be."""
+
 COMPARED = (
     "inventory.products",
     "inventory.reservations",
@@ -54,6 +57,12 @@ def in_doubt(directory: Path) -> list[str]:
                     )
                     found += [f"{file.stem}.{table}: {tx_id} in state {state}" for tx_id, state in rows]
     return found
+
+
+def aborted(directory: Path) -> set[str]:
+    """The transactions that the coordinator's table says are aborted."""
+    with _opened(directory / "tables" / "coordinator.db") as database:
+        return {tx_id for (tx_id,) in database.execute("SELECT tx_id FROM state WHERE tx_state = ?", (ABORTED,))}
 
 
 def comparable_rows(directory: Path, name: str, *, wanted: Callable[[Row], bool] = lambda row: True) -> list[str]:

@@ -13,7 +13,8 @@ from collections import Counter
 
 import pytest
 
-from tests.end_to_end.harness import Sent, System, order, product, seeded, wallet
+from scripts.proof.tables import aborted, in_doubt
+from tests.end_to_end.harness import Sent, System, eventually, order, product, seeded, wallet
 
 pytestmark = pytest.mark.system
 
@@ -132,3 +133,38 @@ async def test_a_tenth_of_the_commands_delivered_twice_and_some_ids_with_another
     ]
     assert Counter(events) == Counter(placed)
     await system.check()
+
+
+async def test_a_coordinator_that_slept_through_its_transaction_is_overruled_and_obeys(system: System) -> None:
+    """A process that is stopped, not dead: nobody takes its place, and it wakes up in the middle of its work.
+
+    The participants that have prepared put ABORTED if absent, and roll back. The sleeper's COMMITTED then comes too
+    late, and its command is tried again. (The command's home waits for the sleeper; what it prepared waits with it.)
+    """
+    name = "sleeper"
+    await open_shop(system, name)
+    commands = work(name)[:10]
+    # One alone: a process that is stopped within a SQLite transaction keeps that file from everybody.
+    first, *others = commands
+    before, decided = system.arm("coordinator.after_prepare=hang@1"), aborted(system.directory)
+
+    await system.publish_all(first)
+    await eventually(lambda: system.fired_since(before) != [], "the coordinator to fall asleep")
+    asleep = await system.pid_of("coordinator-0")
+    try:
+        assert of_others(in_doubt(system.directory))
+        await eventually(lambda: not of_others(in_doubt(system.directory)), "the participants to decide", within_s=40)
+        assert aborted(system.directory) - decided
+        await system.publish_all(*others)
+    finally:
+        os.kill(asleep, signal.SIGCONT)
+    answers = await system.answers(*(command.id for command in commands))
+
+    assert Counter((answer["status"], answer["reason"]) for answer in answers) == {("committed", ""): len(commands)}
+    assert await system.pid_of("coordinator-0") == asleep
+    await system.check()
+
+
+def of_others(records: list[str]) -> list[str]:
+    """Records of participants that are not at home with orders."""
+    return [record for record in records if not record.startswith("orders.")]
