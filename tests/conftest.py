@@ -1,20 +1,26 @@
-"""What tests of several folders share: one real Kafka, and one real system, for the whole session."""
+"""What tests of several folders share: one real Kafka, and one real system, for the whole session.
+
+Imported inside the fixtures, so that a folder that needs neither does not wait for what they need.
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
 
-from infra.servers.kafka import LocalKafka
-from tests.end_to_end.harness import System, running_system
-from tests.servers.kafka_fixture import running_kafka
+if TYPE_CHECKING:
+    from infra.servers.kafka import LocalKafka
+    from tests.end_to_end.harness import System
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def kafka(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalKafka]:
     """A Kafka without a system; tests make topics of their own on it."""
+    from tests.servers.kafka_fixture import running_kafka
+
     async with running_kafka(tmp_path_factory.mktemp("kafka")) as node:
         yield node
 
@@ -22,5 +28,7 @@ async def kafka(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Local
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def system(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
     """A whole system from `concord up`. At the end it is stopped with Ctrl-C, and must leave no process behind."""
+    from tests.end_to_end.harness import running_system
+
     async with running_system(tmp_path_factory.mktemp("system")) as whole:
         yield whole
