@@ -198,7 +198,7 @@ class Participation:
 
     async def invoke(self, batch: list[Invocation]) -> list[InvocationReply | Deferred]:
         """Run the calls of each item; what waits for another transaction's keys is answered Deferred."""
-        tasks = [asyncio.ensure_future(self._invoke(invocation)) for invocation in batch]
+        tasks = [asyncio.ensure_future(self._answered(invocation)) for invocation in batch]
         await asyncio.wait(tasks, timeout=self._timing.deferred_after_s)
         replies: list[InvocationReply | Deferred] = []
         for invocation, task in zip(batch, tasks, strict=True):
@@ -219,11 +219,22 @@ class Participation:
         return self._forgotten(ticket.calls) if task is None else await asyncio.shield(task)
 
     def _forgotten(self, calls: int) -> InvocationReply:
-        forgotten = CallResult(trouble=Trouble.FORGOTTEN, trouble_detail=self.actor)
-        return InvocationReply(Share(self.actor, self.incarnation, 0, False, False, ()), (forgotten,) * calls)
+        return self._in_trouble(calls, Trouble.FORGOTTEN, self.actor)
+
+    def _in_trouble(self, calls: int, trouble: Trouble, detail: str) -> InvocationReply:
+        share = Share(self.actor, self.incarnation, 0, False, False, ())
+        return InvocationReply(share, (CallResult(trouble=trouble, trouble_detail=detail),) * calls)
+
+    async def _answered(self, invocation: Invocation) -> InvocationReply:
+        """The reply to one item: whatever goes wrong with it is no business of the other items of its batch."""
+        try:
+            return await self._invoke(invocation)
+        except Exception as error:
+            log.exception("calls failed", tx_id=invocation.tx_id, command_id=invocation.command_id)
+            return self._in_trouble(len(invocation.calls), Trouble.BROKEN, f"{type(error).__name__}: {error}")
 
     async def _invoke(self, invocation: Invocation) -> InvocationReply:
-        """Run the calls of one turn, in order, after those of earlier turns. Raises nothing."""
+        """Run the calls of one turn, in order, after those of earlier turns."""
         self._notice_home(invocation.home, invocation.home_incarnation)
         workspace = self._workspaces.get(invocation.tx_id)
         if workspace is None:

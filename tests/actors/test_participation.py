@@ -11,6 +11,7 @@ import pytest
 from harness import System, in_background, scripted, until
 from weather import preparing
 
+from actors.domain import Refused
 from actors.messages import (
     Call,
     CommitRecords,
@@ -232,6 +233,21 @@ async def test_a_call_of_an_unknown_type_is_broken_and_the_others_of_its_message
 
     assert [result.trouble for result in reply.results] == [Trouble.BROKEN, None]
     await payment.ask("rollback", Rollback(invocation.tx_id))
+
+
+async def test_a_refusal_that_no_message_can_carry_harms_no_other_item_of_its_batch(payment: Payment) -> None:
+    async def refuse(tx: Any, command: TopUpWallet) -> None:
+        if command.top_up_id == "strange":
+            raise Refused("no", why={(1, 2): "a key that JSON does not have"})
+
+    scripted("x1", TopUpWallet, refuse)
+    batch = [payment.begin(top_up(id="strange")), payment.begin(top_up())]
+
+    replies = await payment.system.runtime.ask("payment-0", "invoke", batch)
+
+    assert [reply.results[0].trouble for reply in replies] == [Trouble.BROKEN, None]
+    for invocation in batch:
+        await payment.ask("rollback", Rollback(invocation.tx_id))
 
 
 async def test_the_share_names_what_was_written_and_how_many_calls_there_were(payment: Payment) -> None:
