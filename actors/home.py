@@ -14,7 +14,7 @@ import asyncio
 import random
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
 
@@ -248,12 +248,8 @@ class Home:
                 if trouble.trouble is Trouble.BROKEN:
                     log.exception("an attempt failed", command_id=subject.id)
             else:
-                if answer.reason == ID_CONFLICT and verdict is not None:
-                    # A dead letter whose id another payload has taken is kept under a name of its own.
-                    subject = Subject(
-                        derived_id(raw), subject.type, key_text(raw), subject.digest, subject.correlation_id,
-                        subject.received_at_ms,
-                    )  # fmt: skip
+                if answer.reason == ID_CONFLICT and subject.command is None:
+                    subject = _renamed(subject, raw)
                     continue
                 return answer
             self._on_trouble(self._domain.name, trouble.trouble)
@@ -281,6 +277,16 @@ class Home:
                         )
                         continue
                     await asyncio.sleep(self._retry.pause_s(broken))
+
+
+def _renamed(dead_letter: Subject, raw: RawMessage) -> Subject:
+    """A dead letter whose id another payload has taken is kept under a name of its own: its place in the log.
+
+    Of that, too, there may be two: a topic that was made anew counts from 0 again.
+    """
+    place = derived_id(raw)
+    name = f"{place}:{dead_letter.digest}" if dead_letter.id == place else place
+    return replace(dead_letter, id=name, key=key_text(raw))
 
 
 class Attempt:

@@ -25,6 +25,7 @@ from actors.domain import Refused, Transaction
 from actors.home import RetryPolicy
 from actors.inventory.tables import PRODUCTS
 from actors.messages import Trouble
+from actors.outcomes import outcome_row, outcomes_of
 from actors.payment.tables import WALLETS
 from infra.storage.port import Storage
 from schemas.inventory import CheckAvailability, ReserveStock, RestockProduct, StockItem
@@ -67,6 +68,25 @@ async def test_after_the_last_try_a_conflict_is_the_durable_answer_and_nothing_h
         assert system.troubles == {Trouble.CONFLICT: 4}
         assert await system.dump("orders.orders") == []
         assert await system.send(order("o1"), "x1") == answer
+        await system.check_at_rest()
+
+
+async def test_a_command_that_runs_out_of_tries_while_another_takes_its_id_is_an_id_conflict(storage: Storage) -> None:
+    async with System(storage, retry=RetryPolicy(tries=2, initial_ms=1, max_ms=4)) as system:
+        await system.open_shop()
+        foreigner = Foreigner(system)
+        other = (await system.send(order("other"), "x0")).model_copy(update={"id": "x1", "digest": "another"})
+        await system.check_at_rest()
+
+        async def take_the_id() -> None:
+            await foreigner.insert(outcomes_of("orders"), outcome_row(other))
+
+        foreign_sales(system, times=1)
+        system.intercept("orders-0", "prepare", Fate.VISITED, nth=2, visitor=take_the_id)
+        answer = await system.send(order("o1"), "x1")
+
+        assert (answer.reason, answer.id) == ("id_conflict", "x1")
+        assert sorted(str(row["id"]) for row in await system.dump("orders.outcomes")) == ["x0", "x1"]
         await system.check_at_rest()
 
 

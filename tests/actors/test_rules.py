@@ -195,6 +195,24 @@ async def test_rule_02_a_dead_letter_whose_id_has_committed_is_kept_under_its_pl
         await system.check_at_rest()
 
 
+async def test_rule_02_a_dead_letter_at_a_place_that_had_another_one_has_an_answer_of_its_own(
+    storage: Storage,
+) -> None:
+    """A topic that was made anew counts from 0 again."""
+    async with System(storage) as system:
+        before = system.raw(product("art", "p0", 10), "x1", headers=(), value=b"one")
+        after = system.raw(product("art", "p0", 10), "x1", headers=(), value=b"other", offset=before.offset)
+
+        first = await system.deliver("inventory-0", before)
+        other = await system.deliver("inventory-0", after)
+
+        assert (first.status, other.status) == ("dead-lettered", "dead-lettered")
+        assert other.id.startswith(first.id + ":")
+        assert await system.deliver("inventory-0", before) == first
+        assert await system.deliver("inventory-0", after) == other
+        await system.check_at_rest()
+
+
 async def test_rule_02_what_has_no_readable_id_gets_one_from_topic_partition_and_offset(storage: Storage) -> None:
     async with System(storage) as system:
         raw = system.raw(product("art", "p0", 10), "x1", headers=())

@@ -30,11 +30,12 @@ class PatientEvent(asyncio.Event):
 
 
 class Fault(StrEnum):
-    """What becomes of one call. Reads have no unknown outcomes: for them all three are UNAVAILABLE."""
+    """What becomes of one call. Reads have no unknown outcomes: for them the first three are UNAVAILABLE."""
 
     UNAVAILABLE = "unavailable"  # not applied, and the caller is told so
     LOST = "lost"  # not applied, and the caller is told nothing
     UNANSWERED = "unanswered"  # applied, and the caller is told nothing
+    UNDECLARED = "undeclared"  # applied, and then the adapter breaks its contract and raises what it must not
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,8 @@ class Weather:
             self.in_flight.subtract(units)
         if fault is Fault.UNANSWERED:
             raise UnknownOutcomeError("applied, but not answered")
+        if fault is Fault.UNDECLARED:
+            raise ZeroDivisionError("applied, and broken")
 
     async def close(self) -> None:
         await self.storage.close()
@@ -189,6 +192,8 @@ class Weather:
         fault = next((armed.fault for armed in self._armed if armed.strikes(call)), None)
         if fault is not None:
             self.struck.append(call)
+        if fault is Fault.UNDECLARED and method != "mutate":
+            raise ZeroDivisionError("broken")
         if fault is Fault.UNAVAILABLE or (fault is not None and method != "mutate"):
             raise UnavailableStorageError("not applied")
         return fault, call
