@@ -1,6 +1,7 @@
 """A process that runs through everything the engine does, on SQLite, and may be killed anywhere on the way.
 
-`python crashing_process.py DIRECTORY`: see `test_engine_failpoints.py`, which arms the failpoints and looks at the remains.
+`python crashing_process.py DIRECTORY`: see `test_engine_failpoints.py`, which arms the failpoints and looks at what
+remains.
 Every transaction moves an amount from an account to the stock with the same number, or fails and moves nothing.
 """
 
