@@ -62,6 +62,9 @@ def main() -> int:
         if not file.is_file():
             print(f"There is no file {file}.", file=sys.stderr)
             return 2
+    if arguments.work is not None and arguments.work.exists() and any(arguments.work.iterdir()):
+        print(f"{arguments.work} is not empty: a proof begins with nothing.", file=sys.stderr)
+        return 2
     work = arguments.work or Path(tempfile.mkdtemp(prefix="concord-proof."))
     started_s = time.monotonic()
     try:

@@ -21,7 +21,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ def prove_replay(files: Sequence[Path], directory: Path, *, limit: int = 0, **st
         _say(f"ready after {system.ready_after_s:.1f} s")
         summary = replay(system, files, **options)
         _say(f"replayed: {_in_short(summary)}")
-        report = {"ready_after_s": round(system.ready_after_s, 1), "summary": summary}
+        report: Report = {"ready_after_s": round(system.ready_after_s, 1), "summary": summary}
         report |= _what_holds(system, files, **options)
         before = {name: exact_rows(system.directory, name) for name in COMPARED}
         again = replay(system, files, **options)
@@ -152,7 +152,7 @@ def _under_fire(
     client = _Client(system, files, limit)
     try:
         for kill in plan(rng, total=total, times=times):
-            client.wait_until(lambda kill=kill: _answered(system) >= kill.at_commands)
+            client.wait_until(kill.at_commands)
             kills.append(_strike(system, kill, rng))
             _say(f"killed: {kills[-1]}")
         summary = client.finish()
@@ -205,12 +205,13 @@ class _Client:
         self.starts = 0
         self._process = self._start()
 
-    def wait_until(self, holds: Callable[[], bool]) -> None:
-        last, since_s = _answered(self._system), time.monotonic()
-        while not holds():
+    def wait_until(self, commands: int) -> None:
+        """Until so many commands have been answered."""
+        last, since_s = 0, time.monotonic()
+        while (now := _answered(self._system)) < commands:
             if self._process.poll() not in (None, 0):
                 self._process = self._start()
-            if (now := _answered(self._system)) != last:
+            if now != last:
                 last, since_s = now, time.monotonic()
             if time.monotonic() - since_s > NO_PROGRESS_FOR_S:
                 raise NotAsAskedError(f"no command was answered for {NO_PROGRESS_FOR_S:.0f} s: {last} so far")
@@ -255,7 +256,7 @@ def _commands(summary: Report) -> int:
 # --- what must hold ----------------------------------------------------------------------------------------------
 
 
-def _what_holds(system: RunningSystem, files: Sequence[Path], **options: int) -> Report:
+def _what_holds(system: RunningSystem, files: Sequence[Path], **options: Any) -> Report:
     """The standing check, the judge and the formulas, of a system whose commands are all answered."""
     unsettled = _wait_for_rest(system)
     checked = system.concord("check").lines[-1]
