@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from actors.incarnations import Incarnations
@@ -17,7 +17,7 @@ from actors.runtime import ActorLostError, Mailroom
 from actors.system import Actor, Observer, SystemConfig, actor_names, build_actor
 from infra.clock import Clock, SystemClock
 from infra.storage.errors import UnavailableStorageError
-from infra.storage.operations import Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
+from infra.storage.operations import CrossPartition, Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
 from infra.storage.port import Storage
 
 
@@ -180,6 +180,9 @@ class _Lifeline:
     def info(self) -> StorageInfo:
         return self._storage.info
 
+    def info_of(self, namespace: str) -> StorageInfo:
+        return self._storage.info_of(namespace)
+
     def _check(self) -> None:
         if self.cut:
             raise UnavailableStorageError("the actor is dead")
@@ -203,6 +206,11 @@ class _Lifeline:
     async def partitions(self, table: TableSchema) -> list[tuple[Value, ...]]:
         self._check()
         return await self._storage.partitions(table)
+
+    async def pages(self, selection: CrossPartition, page_size: int = 256) -> AsyncIterator[list[Row]]:
+        async for page in self._storage.pages(selection, page_size):
+            self._check()
+            yield page
 
     async def mutate(self, mutations: Sequence[Mutation]) -> None:
         self._check()

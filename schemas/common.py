@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 AMOUNT_MAX = 10**15
 """The largest single amount of money, in minor units: a price, a total, a refund."""
 
-BALANCE_MAX = 10**18
-"""The largest balance of a wallet, in minor units."""
+BALANCE_MAX = 9 * 10**15
+"""The largest balance of a wallet, in minor units: what ScalarDB's BIGINT (2^53) holds, too."""
 
 QUANTITY_MAX = 10**9
 """The largest quantity of one product that one command can speak of."""

@@ -120,7 +120,7 @@ class IntentLog:
             await self._mutate(mutations)
 
     async def _mutate(self, mutations: Sequence[Mutation]) -> None:
-        size = self._storage.info.max_mutations or len(mutations)
+        size = self._storage.info_of(self.table.namespace).max_mutations or len(mutations)
         for first in range(0, len(mutations), size or 1):
             await self._storage.mutate(mutations[first : first + size])
 

@@ -72,15 +72,20 @@ class TransactionManager:
         self,
         isolation: Isolation = Isolation.SERIALIZABLE,
         *,
+        read_only: bool = False,
         before_commit_state: BeforeCommitState | None = None,
     ) -> Transaction:
-        """A new transaction; nothing is read or written yet. `before_commit_state`: see `commit.commit`."""
+        """A new transaction; nothing is read or written yet. One that is `read_only` refuses to write.
+
+        `before_commit_state`: see `commit.commit`.
+        """
         participant = ParticipantTransaction(
             self._clock.new_id(),
             isolation=isolation,
             storage=self._storage,
             recovery=self.recovery,
             clock=self._clock,
+            read_only=read_only,
         )
 
         async def commit_participant(participant: ParticipantTransaction) -> None:

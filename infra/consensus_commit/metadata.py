@@ -9,8 +9,9 @@ ScalarDB 3.19 creates them in Cassandra.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from infra.consensus_commit.errors import IllegalOperationError
@@ -36,6 +37,10 @@ TRANSACTION_COLUMNS: dict[str, DataType] = {
 }
 
 _PYTHON_TYPES: Mapping[DataType, type] = {
+    DataType.DATE: datetime.date,
+    DataType.TIME: datetime.time,
+    DataType.TIMESTAMP: datetime.datetime,
+    DataType.TIMESTAMPTZ: datetime.datetime,
     DataType.BOOLEAN: bool,
     DataType.INT: int,
     DataType.BIGINT: int,
@@ -175,6 +180,9 @@ def _build(user: TableSchema) -> Layout:
         dict(user.columns) | TRANSACTION_COLUMNS | before,
         user.partition_key,
         user.clustering_key,
+        user.descending,
+        # While an indexed value is being changed, its row is found by the old value as well.
+        user.indexes | {BEFORE + name for name in user.indexes},
     )
     return Layout(
         user=user,
@@ -202,4 +210,4 @@ def _user_view(table: TableSchema) -> TableSchema:
     if full != set(names):
         return table
     columns = {name: table.columns[name] for name in user}
-    return TableSchema(table.namespace, table.name, columns, table.partition_key, table.clustering_key)
+    return replace(table, columns=columns, indexes=table.indexes & columns.keys())

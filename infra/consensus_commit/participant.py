@@ -36,7 +36,7 @@ from infra.consensus_commit.errors import (
 from infra.consensus_commit.metadata import TX_ID, Layout, is_committed, layout_of, version_of
 from infra.consensus_commit.parallel import in_parallel
 from infra.consensus_commit.recovery import RecoveryHandler
-from infra.consensus_commit.scanning import PAGE_SIZE, page_size_for, stored_pages
+from infra.consensus_commit.scanning import PAGE_SIZE, conditions_of, page_size_for, stored_pages
 from infra.consensus_commit.snapshot import PendingWrite, RecordId, Savepoint, ScanRead, Snapshot
 from infra.consensus_commit.states import Isolation
 from infra.consensus_commit.validation import validate
@@ -48,10 +48,12 @@ from infra.storage.operations import (
     If,
     IfExists,
     IfNotExists,
+    IndexScan,
     Key,
     Mutation,
     Row,
-    Scan,
+    ScanAll,
+    Selection,
     TableSchema,
     Value,
     WriteCondition,
@@ -94,13 +96,21 @@ class ParticipantTransaction:
     """
 
     def __init__(
-        self, tx_id: str, *, isolation: Isolation, storage: Storage, recovery: RecoveryHandler, clock: Clock
+        self,
+        tx_id: str,
+        *,
+        isolation: Isolation,
+        storage: Storage,
+        recovery: RecoveryHandler,
+        clock: Clock,
+        read_only: bool = False,
     ) -> None:
         self.tx_id = tx_id
         self.isolation = isolation
         self._storage = storage
         self._recovery = recovery
         self._clock = clock
+        self._read_only = read_only
         self._snapshot = Snapshot()
         self._phase = _Phase.ACTIVE
         self._batches: list[_Batch] = []
@@ -114,37 +124,47 @@ class ParticipantTransaction:
         """The record as this transaction sees it (the user's columns, key included); None if absent or unmatched."""
         layout = self._open(table)
         layout.check_conditions(conditions)
-        if self._snapshot.needs_reading((layout.full_name, key)):
+        if self._must_read((layout.full_name, key)):
             await self._read(layout, key)
         record = self._snapshot.view(layout, key)
         if record is None or not all_hold(conditions, record):
             return None
         return layout.user_row(record)
 
+    async def get_by_index(self, table: TableSchema, column: str, value: Value) -> Row | None:
+        """The one record whose indexed `column` equals `value`; IllegalOperationError if there are several."""
+        rows = await self.scan(IndexScan(table, column, value))
+        if len(rows) > 1:
+            raise IllegalOperationError(f"{table.full_name}: {len(rows)} records have this {column}; scan for them")
+        return rows[0] if rows else None
+
     async def get_many(self, table: TableSchema, keys: Sequence[Key]) -> list[Row | None]:
         """What `get` returns for each key, read side by side."""
         layout = self._open(table)
-        unread = [key for key in dict.fromkeys(keys) if self._snapshot.needs_reading((layout.full_name, key))]
+        unread = [key for key in dict.fromkeys(keys) if self._must_read((layout.full_name, key))]
         await in_parallel([self._read(layout, key) for key in unread])
         records = [self._snapshot.view(layout, key) for key in keys]
         return [None if record is None else layout.user_row(record) for record in records]
 
-    async def scan(self, scan: Scan) -> list[Row]:
+    async def scan(self, scan: Selection) -> list[Row]:
         """The records that `scan` names, in order; its conditions and limit count what this transaction may see.
 
-        Raises IllegalOperationError if it overlaps what this transaction has written.
+        Raises IllegalOperationError if it overlaps what this transaction has written, or if it reads across
+        partitions under SERIALIZABLE and the storage may lag behind there (`StorageInfo`).
         """
         layout, scan = self._open_scan(scan)
         read = self._snapshot.scans.get(scan)
         if read is None:
             rows = [row async for row in self._committed_rows(layout, scan, page_size_for(scan))]
             complete = not scan.limit or len(rows) < scan.limit
-            read = self._snapshot.remember_scan(ScanRead(layout, scan, tuple(rows), complete))
+            read = ScanRead(layout, scan, tuple(rows), complete)
+            if self.isolation is not Isolation.READ_COMMITTED:
+                read = self._snapshot.remember_scan(read)
         self._snapshot.check_scan(layout, scan)
         self._snapshot.check_scanned(layout, read.rows)
         return [layout.user_row(row) for row in read.rows]
 
-    def scanner(self, scan: Scan) -> Scanner:
+    def scanner(self, scan: Selection) -> Scanner:
         """Like `scan`, a record at a time; it must be closed before preparing. Only what it returned is validated."""
         layout, scan = self._open_scan(scan)
         kept = self._snapshot.scans.get(scan)
@@ -265,14 +285,13 @@ class ParticipantTransaction:
         present: deleting an absent one cannot be made conditional on its absence.
         """
         writes = self._snapshot.writes
-        info = self._storage.info
-        if not writes or self.needs_validation or 0 < info.max_mutations < len(writes):
+        if not writes or self.needs_validation:
             return None
         reads = self._snapshot.reads
         if any(write.deleted and reads.get(record_id) is None for record_id, write in writes.items()):
             return None
-        units = {grouping.unit_of(info, write) for write in writes.values()}
-        return units.pop() if len(units) == 1 else None
+        batches = list(grouping.batches(self._storage, writes.values()))
+        return grouping.unit_of(self._storage, batches[0][0]) if len(batches) == 1 else None
 
     # -- the phases
 
@@ -285,7 +304,7 @@ class ParticipantTransaction:
         await self._end_reading()
         self._phase = _Phase.PREPARING
         writes = self._snapshot.writes.values()
-        self._batches = [_Batch(batch) for batch in grouping.batches(self._storage.info, writes)]
+        self._batches = [_Batch(batch) for batch in grouping.batches(self._storage, writes)]
         await reach("prepare.before_records")
         await self._for_each_batch("prepare.between_units", lambda batch: self._prepare(batch, prepared_at_ms))
         await reach("prepare.after_records")
@@ -361,36 +380,59 @@ class ParticipantTransaction:
         self._check_active()
         return layout_of(table)
 
-    def _open_scan(self, scan: Scan) -> tuple[Layout, Scan]:
+    def _must_read(self, record_id: RecordId) -> bool:
+        """Whether only storage knows how this transaction sees the record now."""
+        if self.isolation is Isolation.READ_COMMITTED:
+            write = self._snapshot.writes.get(record_id)
+            return write is None or not (write.insert or write.deleted)
+        return self._snapshot.needs_reading(record_id)
+
+    def _open_scan(self, scan: Selection) -> tuple[Layout, Selection]:
         layout = self._open(scan.table)
         layout.check_conditions(scan.where)
+        if self.isolation is Isolation.SERIALIZABLE:
+            info = self._storage.info_of(scan.table.namespace)
+            behind = (isinstance(scan, ScanAll) and not info.sees_all_partitions) or (
+                isinstance(scan, IndexScan) and not info.sees_all_indexed
+            )
+            if behind:
+                raise IllegalOperationError(
+                    f"{layout.full_name}: {info.name} may lag behind in a {type(scan).__name__}, which SERIALIZABLE"
+                    " forbids: scan one partition, or use SNAPSHOT"
+                )
         self._snapshot.check_scan(layout, scan)
         return layout, replace(scan, table=layout.stored)
 
     def _open_write(self, table: TableSchema, key: Key, columns: Mapping[str, Value]) -> Layout:
         layout = self._open(table)
+        if self._read_only:
+            raise IllegalOperationError(f"transaction {self.tx_id} is read-only")
         layout.check_written(columns)
         return layout
 
     async def _read(self, layout: Layout, key: Key) -> None:
         row = await self._storage.get(layout.stored, key)
-        self._snapshot.remember_get(layout, key, await self._resolved(layout, key, row))
+        latest = self.isolation is Isolation.READ_COMMITTED
+        self._snapshot.remember_get(layout, key, await self._resolved(layout, key, row), latest=latest)
 
     async def _resolved(self, layout: Layout, key: Key, row: Row | None) -> Row | None:
         if row is None or is_committed(row):
             return row
+        if self.isolation is Isolation.READ_COMMITTED:
+            return self._recovery.last_committed(layout.stored, key, row, recover=not self._read_only)
         self._recovered.add((layout.full_name, key))
         return await self._recovery.resolve(layout.stored, key, row)
 
-    async def _committed_rows(self, layout: Layout, scan: Scan, page_size: int) -> AsyncGenerator[Row, None]:
+    async def _committed_rows(self, layout: Layout, scan: Selection, page_size: int) -> AsyncGenerator[Row, None]:
         """The records of a scan as recovery sees them, up to its limit."""
         returned = 0
+        conditions = conditions_of(scan)
         async for page in stored_pages(self._storage, layout, scan, page_size):
             for stored in page:
                 row: Row | None = stored
                 if not is_committed(stored):
                     row = await self._resolved(layout, layout.key_of(stored), stored)
-                if row is None or (scan.where and not all_hold(scan.where, row)):
+                if row is None or not all_hold(conditions, row):
                     continue
                 yield row
                 returned += 1
@@ -409,7 +451,7 @@ class ParticipantTransaction:
         """Whether the record is present (None), or True if `condition` holds, else UnsatisfiedConditionError."""
         if isinstance(condition, If):
             layout.check_conditions(condition.conditions)
-        if self._snapshot.needs_reading((layout.full_name, key)):
+        if self._must_read((layout.full_name, key)):
             await self._read(layout, key)
         record = self._snapshot.view(layout, key)
         match condition:
@@ -543,7 +585,7 @@ class Scanner:
     def __init__(
         self,
         layout: Layout,
-        scan: Scan,
+        scan: Selection,
         rows: AsyncGenerator[Row, None],
         *,
         on_row: Callable[[Layout, Row], None],

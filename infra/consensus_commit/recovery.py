@@ -122,6 +122,18 @@ class RecoveryHandler:
             return before_image(layout, row)
         raise CrudConflictError(f"{layout.full_name} {key} changed hands {_PASSES} times while it was being read")
 
+    def last_committed(self, table: TableSchema, key: Key, stored_row: Row | None, *, recover: bool) -> Row | None:
+        """The record that was last seen committed behind a stored row, without asking what was decided since.
+
+        What READ_COMMITTED wants: a transaction that is under way, or whose records are not settled yet, is not
+        seen. `recover` has the record brought to rest in the background.
+        """
+        if stored_row is None or is_committed(stored_row):
+            return stored_row
+        if recover:
+            self.recover_later([(table, key)])
+        return before_image(layout_of(table), stored_row)
+
     def recover_later(self, records: Sequence[tuple[TableSchema, Key]]) -> None:
         """Do what `recover_record` does for each of `records`, in the background."""
         if records:
@@ -149,7 +161,7 @@ class RecoveryHandler:
             for row in await self._storage.scan(Scan(layout.stored, partition, where=(mine,)))
             if not is_committed(row)
         ]
-        size = self._storage.info.max_mutations or len(rows)
+        size = self._storage.info_of(layout.stored.namespace).max_mutations or len(rows)
         for first in range(0, len(rows), size or 1):
             await self._settle(layout, rows[first : first + size], state)
         return len(rows)

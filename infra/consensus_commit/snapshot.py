@@ -27,7 +27,8 @@ from typing import Any, TypeAlias, cast
 
 from infra.consensus_commit.errors import IllegalOperationError
 from infra.consensus_commit.metadata import Layout
-from infra.storage.operations import Bound, Key, Row, Scan, Value
+from infra.storage.conditions import all_hold
+from infra.storage.operations import Bound, IndexScan, Key, Row, Scan, ScanAll, Selection, Value
 
 RecordId: TypeAlias = tuple[str, Key]
 """A table's full name and a key."""
@@ -67,7 +68,7 @@ class ScanRead:
     """What a scan returned, in order. Not `complete`: more rows may follow (a limit, a scanner closed early)."""
 
     layout: Layout
-    scan: Scan
+    scan: Selection
     rows: tuple[Row, ...]
     complete: bool
 
@@ -78,17 +79,23 @@ class Snapshot:
 
     reads: dict[RecordId, Row | None] = field(default_factory=dict)
     gets: dict[RecordId, Layout] = field(default_factory=dict)
-    scans: dict[Scan, ScanRead] = field(default_factory=dict)
+    scans: dict[Selection, ScanRead] = field(default_factory=dict)
     scanners: list[ScanRead] = field(default_factory=list)
     writes: dict[RecordId, PendingWrite] = field(default_factory=dict)
     _undo: list[tuple[RecordId, PendingWrite | None]] = field(default_factory=list)
 
     # -- reading
 
-    def remember_get(self, layout: Layout, key: Key, record: Row | None) -> None:
-        """Keep the outcome of reading one record by key, unless an earlier read of it was kept."""
+    def remember_get(self, layout: Layout, key: Key, record: Row | None, *, latest: bool = False) -> None:
+        """Keep the outcome of reading one record by key, unless an earlier read of it was kept.
+
+        `latest` (READ_COMMITTED): it takes the place of an earlier one, and a write will be conditional on it.
+        """
         record_id = (layout.full_name, key)
-        self.reads.setdefault(record_id, record)
+        if latest:
+            self.reads[record_id] = record
+        else:
+            self.reads.setdefault(record_id, record)
         self.gets[record_id] = layout
 
     def remember_scan(self, read: ScanRead) -> ScanRead:
@@ -194,10 +201,10 @@ class Snapshot:
         """Whether anything was read that preparing the writes does not check."""
         return bool(self.scans or self.scanners) or any(record_id not in self.writes for record_id in self.gets)
 
-    def check_scan(self, layout: Layout, scan: Scan) -> None:
-        """Raises IllegalOperationError if `scan` covers a record that this transaction has put."""
+    def check_scan(self, layout: Layout, scan: Selection) -> None:
+        """Raises IllegalOperationError if `scan` covers, or may cover, a record that this transaction has put."""
         for write in self.writes.values():
-            if write.layout is layout and not write.deleted and covers(scan, write.key):
+            if write.layout.full_name == layout.full_name and not write.deleted and self._may_cover(scan, write):
                 raise IllegalOperationError(f"scan of {layout.full_name}: it covers {write.key}, which was written")
 
     def check_scanned(self, layout: Layout, rows: Iterable[Row]) -> None:
@@ -209,9 +216,28 @@ class Snapshot:
             if (layout.full_name, key) in self.writes:
                 raise IllegalOperationError(f"scan of {layout.full_name}: it returned {key}, which was written")
 
+    def _may_cover(self, scan: Selection, write: PendingWrite) -> bool:
+        match scan:
+            case Scan():
+                return covers(scan, write.key)
+            case IndexScan():
+                # One that has the value already is returned, and refused then.
+                return write.columns is not None and write.columns.get(scan.column) == scan.value
+            case ScanAll():
+                view = self.view(write.layout, write.key)
+                if view is None or (self.needs_reading(write.id) and not _is_known(scan, write)):
+                    return True
+                return all_hold(scan.where, view)
+
     def _write(self, record_id: RecordId, write: PendingWrite) -> None:
         self._undo.append((record_id, self.writes.get(record_id)))
         self.writes[record_id] = write
+
+
+def _is_known(scan: ScanAll, write: PendingWrite) -> bool:
+    """Whether every column that `scan` looks at is written or belongs to the key."""
+    known = {*(write.columns or ()), *write.layout.stored.key_columns}
+    return all(condition.column in known for condition in scan.where)
 
 
 def covers(scan: Scan, key: Key) -> bool:

@@ -29,10 +29,14 @@ class TransactionState(IntEnum):
 class Isolation(StrEnum):
     """How much a transaction may see of others.
 
+    READ_COMMITTED reads afresh each time and takes what was last seen committed: no dirty or intermediate reads, but
+    a record whose transaction has just committed may still be seen as it was, and a lost update is prevented only
+    for a record that was read when it was written.
     SNAPSHOT prevents dirty, intermediate and vanishing reads and lost updates, but allows read skew, write skew and
     phantoms. SERIALIZABLE also validates everything that was read, after preparing and before committing (ScalarDB's
     EXTRA_READ), and is then strictly serializable.
     """
 
+    READ_COMMITTED = "READ_COMMITTED"
     SNAPSHOT = "SNAPSHOT"
     SERIALIZABLE = "SERIALIZABLE"

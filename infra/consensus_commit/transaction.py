@@ -16,7 +16,7 @@ from types import TracebackType
 from infra.consensus_commit.errors import IllegalOperationError
 from infra.consensus_commit.participant import ParticipantTransaction, Scanner
 from infra.consensus_commit.snapshot import Savepoint
-from infra.storage.operations import ColumnCondition, Key, Row, Scan, TableSchema, Value, WriteCondition
+from infra.storage.operations import ColumnCondition, Key, Row, Selection, TableSchema, Value, WriteCondition
 
 
 class Transaction:
@@ -39,10 +39,13 @@ class Transaction:
     async def get_many(self, table: TableSchema, keys: Sequence[Key]) -> list[Row | None]:
         return await self._active().get_many(table, keys)
 
-    async def scan(self, scan: Scan) -> list[Row]:
+    async def get_by_index(self, table: TableSchema, column: str, value: Value) -> Row | None:
+        return await self._active().get_by_index(table, column, value)
+
+    async def scan(self, scan: Selection) -> list[Row]:
         return await self._active().scan(scan)
 
-    def scanner(self, scan: Scan) -> Scanner:
+    def scanner(self, scan: Selection) -> Scanner:
         return self._active().scanner(scan)
 
     async def insert(self, table: TableSchema, key: Key, columns: Mapping[str, Value]) -> None:

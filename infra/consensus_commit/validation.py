@@ -13,7 +13,7 @@ from __future__ import annotations
 from infra.consensus_commit.errors import ValidationConflictError
 from infra.consensus_commit.metadata import TX_ID, Layout
 from infra.consensus_commit.parallel import in_parallel
-from infra.consensus_commit.scanning import PAGE_SIZE, stored_pages
+from infra.consensus_commit.scanning import PAGE_SIZE, conditions_of, stored_pages
 from infra.consensus_commit.snapshot import RecordId, ScanRead, Snapshot
 from infra.storage.conditions import all_hold
 from infra.storage.operations import Row, Value
@@ -39,11 +39,12 @@ async def _validate_scan(snapshot: Snapshot, storage: Storage, read: ScanRead) -
     expected = [entry for row in read.rows if (entry := _entry(snapshot, read.layout, row)) is not None]
     # Enough rows to see one more than expected, if nothing of it is our own; further pages come only if needed.
     page_size = 0 if read.complete else min(len(read.rows) or 1, PAGE_SIZE)
+    conditions = conditions_of(read.scan)
     matched = 0
     async for rows in stored_pages(storage, read.layout, read.scan, page_size):
         for row in rows:
             entry = _entry(snapshot, read.layout, row)
-            if entry is None or not all_hold(read.scan.where, row):
+            if entry is None or not all_hold(conditions, row):
                 continue
             if matched == len(expected):
                 if read.complete:

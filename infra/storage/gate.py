@@ -8,11 +8,11 @@ this process only; batches of others are what conditions are for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 from infra.storage.errors import InvalidOperationError
-from infra.storage.operations import Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
+from infra.storage.operations import CrossPartition, Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
 from infra.storage.port import Storage, atomic_unit
 
 
@@ -38,6 +38,9 @@ class PartitionGate:
     def info(self) -> StorageInfo:
         return replace(self._storage.info, serializes_batches=True)
 
+    def info_of(self, namespace: str) -> StorageInfo:
+        return replace(self._storage.info_of(namespace), serializes_batches=True)
+
     async def create_table(self, table: TableSchema) -> None:
         await self._storage.create_table(table)
 
@@ -50,15 +53,19 @@ class PartitionGate:
     async def scan(self, scan: Scan) -> list[Row]:
         return await self._storage.scan(scan)
 
+    def pages(self, selection: CrossPartition, page_size: int = 256) -> AsyncIterator[list[Row]]:
+        return self._storage.pages(selection, page_size)
+
     async def partitions(self, table: TableSchema) -> list[tuple[Value, ...]]:
         return await self._storage.partitions(table)
 
     async def mutate(self, mutations: Sequence[Mutation]) -> None:
-        if self._storage.info.serializes_batches or not mutations:
+        info = self._storage.info_of(mutations[0].table.namespace) if mutations else None
+        if info is None or info.serializes_batches:
             await self._storage.mutate(mutations)
             return
         # A batch of two units is the storage's to refuse; until then it queues for the first.
-        unit = atomic_unit(self._storage.info.atomicity, mutations[0].table, mutations[0].key)
+        unit = atomic_unit(info, mutations[0].table, mutations[0].key)
         try:
             turnstile = self._turnstiles.setdefault(unit, _Turnstile())
         except TypeError as error:

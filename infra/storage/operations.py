@@ -6,12 +6,13 @@ the rows of a partition, and typed columns. Everything here is a frozen value wi
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import TypeAlias
 
-Value: TypeAlias = bool | int | float | str | bytes | None
+Value: TypeAlias = bool | int | float | str | bytes | datetime.date | datetime.time | datetime.datetime | None
 """One column's value. NULL is None."""
 
 Row: TypeAlias = dict[str, Value]
@@ -19,7 +20,12 @@ Row: TypeAlias = dict[str, Value]
 
 
 class DataType(StrEnum):
-    """Column types, by ScalarDB's names. INT is 32 bit and BIGINT 64 bit, both signed."""
+    """Column types, by ScalarDB's names and with its ranges (`validation` checks them).
+
+    INT is 32 bit, signed; BIGINT goes from -2^53 to 2^53. DATE is a `date`, TIME a `time` without zone, to the
+    microsecond; TIMESTAMP a `datetime` without zone and TIMESTAMPTZ one in UTC, both to the millisecond, from the
+    year 1000 on.
+    """
 
     BOOLEAN = "BOOLEAN"
     INT = "INT"
@@ -28,17 +34,27 @@ class DataType(StrEnum):
     DOUBLE = "DOUBLE"
     TEXT = "TEXT"
     BLOB = "BLOB"
+    DATE = "DATE"
+    TIME = "TIME"
+    TIMESTAMP = "TIMESTAMP"
+    TIMESTAMPTZ = "TIMESTAMPTZ"
 
 
 @dataclass(frozen=True)
 class TableSchema:
-    """A table: `columns` names every column with its type, in order, key columns included."""
+    """A table: `columns` names every column with its type, in order, key columns included.
+
+    `descending` names the clustering columns that run from the largest value to the smallest. `indexes` names the
+    columns outside the key by which rows can be found (secondary indexes, each of one column).
+    """
 
     namespace: str
     name: str
     columns: Mapping[str, DataType]
     partition_key: tuple[str, ...]
     clustering_key: tuple[str, ...] = ()
+    descending: frozenset[str] = frozenset()
+    indexes: frozenset[str] = frozenset()
 
     @property
     def full_name(self) -> str:
@@ -126,6 +142,8 @@ Mutation: TypeAlias = Put | Delete
 class Bound:
     """One end of a clustering range: a prefix of the clustering key's values, itself inside the range or not.
 
+    Bounds compare by value, whichever way the columns run.
+
     A prefix shorter than the clustering key stands for all rows that begin with it: as an inclusive bound it
     takes them all in, as an exclusive one it leaves them all out.
     """
@@ -138,7 +156,8 @@ class Bound:
 class Scan:
     """Rows of one partition in clustering order (`reverse`: the other way), between two bounds.
 
-    `where` filters in the storage, before `limit` counts. `limit` 0 means no limit.
+    `start` is the bound with the smaller values, also where columns descend. `where` filters in the storage, before
+    `limit` counts. `limit` 0 means no limit.
     """
 
     table: TableSchema
@@ -148,6 +167,30 @@ class Scan:
     where: tuple[ColumnCondition, ...] = ()
     limit: int = 0
     reverse: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ScanAll:
+    """Rows of every partition, in no particular order. `where` filters, before `limit` counts (0: no limit)."""
+
+    table: TableSchema
+    where: tuple[ColumnCondition, ...] = ()
+    limit: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class IndexScan:
+    """Rows of any partition whose indexed `column` equals `value` (not NULL), in no particular order."""
+
+    table: TableSchema
+    column: str
+    value: Value
+    where: tuple[ColumnCondition, ...] = ()
+    limit: int = 0
+
+
+CrossPartition: TypeAlias = ScanAll | IndexScan
+Selection: TypeAlias = Scan | ScanAll | IndexScan
 
 
 class Atomicity(Enum):
@@ -160,7 +203,10 @@ class Atomicity(Enum):
 
 @dataclass(frozen=True, slots=True)
 class StorageInfo:
-    """What an adapter promises. `max_mutations` 0 means unlimited.
+    """What an adapter promises. `name` tells storages apart; `max_mutations` 0 means unlimited.
+
+    `sees_all_partitions`, `sees_all_indexed`: a ScanAll, or an IndexScan, sees every write that was answered before
+    it began, as reads of one partition always do. Where it may lag behind, SERIALIZABLE has to refuse it.
 
     `serializes_batches`: the storage itself lets one conditional batch at a time into a unit, so that callers
     need no gate before it (SQLite's single writer); Cassandra's Paxos rounds contend and need one.
@@ -170,4 +216,7 @@ class StorageInfo:
     atomicity: Atomicity
     max_mutations: int = 0
     serializes_batches: bool = False
+    sees_all_partitions: bool = True
+    sees_all_indexed: bool = True
+    data_types: frozenset[DataType] = frozenset(DataType)
     options: Mapping[str, str] = field(default_factory=dict)

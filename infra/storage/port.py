@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
 from typing import Protocol
 
-from infra.storage.operations import Atomicity, Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
+from infra.storage.operations import (
+    Atomicity,
+    CrossPartition,
+    DataType,
+    Key,
+    Mutation,
+    Row,
+    Scan,
+    StorageInfo,
+    TableSchema,
+    Value,
+)
 
 
 class Storage(Protocol):
@@ -16,10 +27,14 @@ class Storage(Protocol):
     """
 
     @property
-    def info(self) -> StorageInfo: ...
+    def info(self) -> StorageInfo:
+        """What holds for every namespace."""
+
+    def info_of(self, namespace: str) -> StorageInfo:
+        """What holds for one namespace: more than `info` where several storages stand behind this one."""
 
     async def create_table(self, table: TableSchema) -> None:
-        """Create `table` if it is absent; InvalidOperationError if it exists with other columns or keys."""
+        """Create `table` if it is absent; InvalidOperationError if it exists with other columns, keys or indexes."""
 
     async def tables(self) -> list[TableSchema]:
         """Every table of every namespace, as its storage has it, ordered by full name."""
@@ -29,6 +44,9 @@ class Storage(Protocol):
 
     async def scan(self, scan: Scan) -> list[Row]:
         """The rows that `scan` names, in order."""
+
+    def pages(self, selection: CrossPartition, page_size: int = 256) -> AsyncIterator[list[Row]]:
+        """The rows that `selection` names, in pages of about `page_size` rows as the storage cuts them."""
 
     async def partitions(self, table: TableSchema) -> list[tuple[Value, ...]]:
         """The partition keys that hold at least one row, in no particular order (inspection and pruning)."""
@@ -43,12 +61,47 @@ class Storage(Protocol):
         """Release files and threads; pending writes are finished first."""
 
 
-def atomic_unit(atomicity: Atomicity, table: TableSchema, key: Key) -> Hashable:
-    """The unit that `key` lies in: two mutations may share a `mutate` exactly when their units are equal."""
-    match atomicity:
+class AdministrableStorage(Storage, Protocol):
+    """What the schema manager asks besides: changes of tables, for which no program may be writing to them.
+
+    Each raises InvalidOperationError for what does not exist or cannot be, and storage errors as they come. Repeating
+    one that was interrupted is harmless.
+    """
+
+    async def namespaces(self) -> list[str]:
+        """Every namespace that exists, with or without tables, ordered."""
+
+    async def create_namespace(self, namespace: str) -> None:
+        """Create `namespace` if it is absent; `create_table` does it too."""
+
+    async def drop_namespace(self, namespace: str) -> None:
+        """Remove an empty namespace; InvalidOperationError while it has tables."""
+
+    async def drop_table(self, table: TableSchema) -> None:
+        """Remove a table with its rows and indexes; nothing happens if it is absent."""
+
+    async def truncate_table(self, table: TableSchema) -> None:
+        """Remove all rows of a table."""
+
+    async def add_column(self, table: TableSchema, column: str, data_type: DataType) -> None:
+        """Add a column, NULL in every row; nothing happens if it is there with this type."""
+
+    async def create_index(self, table: TableSchema, column: str) -> None:
+        """Index a column, rows that are there included; nothing happens if it is indexed."""
+
+    async def drop_index(self, table: TableSchema, column: str) -> None:
+        """Remove the index of a column; nothing happens if there is none."""
+
+
+def atomic_unit(info: StorageInfo, table: TableSchema, key: Key) -> Hashable:
+    """The unit that `key` lies in: two mutations may share a `mutate` exactly when their units are equal.
+
+    `info` is that of the table's namespace.
+    """
+    match info.atomicity:
         case Atomicity.PARTITION:
-            return (table.namespace, table.name, key.partition)
+            return (info.name, table.namespace, table.name, key.partition)
         case Atomicity.NAMESPACE:
-            return table.namespace
+            return (info.name, table.namespace)
         case Atomicity.STORAGE:
-            return ""
+            return info.name

@@ -34,10 +34,10 @@ import os
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,6 +50,7 @@ from infra.storage.errors import (
 )
 from infra.storage.operations import (
     Atomicity,
+    CrossPartition,
     DataType,
     Key,
     Mutation,
@@ -59,14 +60,17 @@ from infra.storage.operations import (
     TableSchema,
     Value,
 )
-from infra.storage.sqlite_statements import Parameters, TableStatements, Write, key_parameters
+from infra.storage.sqlite_statements import Parameters, TableStatements, Write
 from infra.storage.validation import (
     TableRules,
     check_identifier,
     check_one_unit,
+    difference,
     is_identifier,
     is_same_table,
     needs_creation,
+    with_column,
+    with_index,
 )
 
 Result = TypeVar("Result")
@@ -84,6 +88,7 @@ _LOCK_POLL_S = 0.001
 # The name is outside what a table may be called, so it can never collide with one.
 _CREATE_CATALOGUE = 'CREATE TABLE "tables$" (name TEXT PRIMARY KEY, definition TEXT NOT NULL) WITHOUT ROWID'
 _READ_CATALOGUE = 'SELECT name, definition FROM "tables$" ORDER BY name'
+_REMOVE_FROM_CATALOGUE = 'DELETE FROM "tables$" WHERE name = ?'
 _ADD_TO_CATALOGUE = 'INSERT INTO "tables$" (name, definition) VALUES (?, ?)'
 
 # In this order: our mark is written together with the first object, so whoever saw an object must see the mark.
@@ -141,12 +146,15 @@ class SqliteStorage:
     def info(self) -> StorageInfo:
         return self._info
 
+    def info_of(self, namespace: str) -> StorageInfo:
+        return self.info
+
     async def create_table(self, table: TableSchema) -> None:
         TableRules(table)
         file = self._file(table.namespace)
         if not needs_creation(table, await file.catalogue()):
             return
-        await file.in_thread(self._create_table, file.path, table)
+        await self._change(file, lambda connection: _create_in(connection, file.path, table))
 
     async def tables(self) -> list[TableSchema]:
         found: list[TableSchema] = []
@@ -157,7 +165,7 @@ class SqliteStorage:
     async def get(self, table: TableSchema, key: Key) -> Row | None:
         held = self._tables.get(table) or await self._learn(table)
         held.rules.check_key(key)
-        rows = await held.file.read(held.statements.get, key_parameters(key))
+        rows = await held.file.read(held.statements.get, held.statements.key(key))
         return held.statements.row(rows[0]) if rows else None
 
     async def scan(self, scan: Scan) -> list[Row]:
@@ -165,6 +173,23 @@ class SqliteStorage:
         held.rules.check_scan(scan)
         rows = await held.file.read(*held.statements.scan(scan))
         return [held.statements.row(row) for row in rows]
+
+    async def pages(self, selection: CrossPartition, page_size: int = 256) -> AsyncIterator[list[Row]]:
+        """Each page is one statement: rows written meanwhile behind the current position are not returned."""
+        held = self._tables.get(selection.table) or await self._learn(selection.table)
+        held.rules.check_cross_partition(selection)
+        after: Key | None = None
+        left = selection.limit
+        while True:
+            size = min(page_size, left) if selection.limit else page_size
+            found = await held.file.read(*held.statements.page(selection, after, size))
+            rows = [held.statements.row(values) for values in found]
+            if rows:
+                yield rows
+            left -= len(rows)
+            if len(rows) < size or (selection.limit and not left):
+                return
+            after = _key(selection.table, rows[-1])
 
     async def partitions(self, table: TableSchema) -> list[tuple[Value, ...]]:
         held = self._tables.get(table) or await self._learn(table)
@@ -183,7 +208,7 @@ class SqliteStorage:
             held.rules.check_mutation(mutation)
             statement, parameters = held.statements.write(mutation)
             writes.setdefault(statement, []).append(parameters)
-        check_one_unit(mutations, Atomicity.NAMESPACE)
+        check_one_unit(mutations, self.info)
         if mutations:
             await self._file(mutations[0].table.namespace).write(list(writes.items()), len(mutations))
 
@@ -193,6 +218,72 @@ class SqliteStorage:
             await file.close()
         self._files.clear()
         self._tables.clear()
+
+    # -- administration
+
+    async def namespaces(self) -> list[str]:
+        return _namespaces(self._directory)
+
+    async def create_namespace(self, namespace: str) -> None:
+        await self._change(self._file(namespace), lambda connection: _stock_in(connection))
+
+    async def drop_namespace(self, namespace: str) -> None:
+        file = self._file(namespace)
+        if await file.catalogue():
+            raise InvalidOperationError(f"namespace {namespace} still has tables")
+        await file.close()
+        del self._files[namespace]
+        for name in (file.path, *(file.path.with_name(file.path.name + end) for end in ("-wal", "-shm"))):
+            name.unlink(missing_ok=True)
+
+    async def drop_table(self, table: TableSchema) -> None:
+        await self._alter(table, lambda held: [held.drop_table()], None)
+
+    async def truncate_table(self, table: TableSchema) -> None:
+        known = await self._known(table)
+        await self._alter(known, lambda held: [held.truncate_table()], known)
+
+    async def add_column(self, table: TableSchema, column: str, data_type: DataType) -> None:
+        known = await self._known(table)
+        changed = with_column(known, column, data_type)
+        if changed is not known:
+            await self._alter(known, lambda held: [held.add_column(column, data_type)], changed)
+
+    async def create_index(self, table: TableSchema, column: str) -> None:
+        known = await self._known(table)
+        await self._alter(known, lambda held: [held.create_index(column)], with_index(known, column))
+
+    async def drop_index(self, table: TableSchema, column: str) -> None:
+        known = await self._known(table)
+        changed = replace(known, indexes=known.indexes - {column})
+        await self._alter(known, lambda held: [held.drop_index(column)], changed)
+
+    async def _known(self, table: TableSchema) -> TableSchema:
+        for known in await self._file(table.namespace).catalogue():
+            if known.name == table.name:
+                return known
+        raise InvalidOperationError(f"there is no table {table.full_name}")
+
+    async def _alter(
+        self, table: TableSchema, statements: Callable[[TableStatements], Iterable[str]], changed: TableSchema | None
+    ) -> None:
+        """Run `statements` and write down what the table is from now on (None: gone), in one transaction."""
+        file = self._file(table.namespace)
+        if not await file.catalogue():
+            return
+
+        def work(connection: sqlite3.Connection) -> None:
+            for sql in statements(TableStatements(table)):
+                connection.execute(sql)
+            connection.execute(_REMOVE_FROM_CATALOGUE, (table.name,))
+            if changed is not None:
+                connection.execute(_ADD_TO_CATALOGUE, (changed.name, _definition(changed)))
+
+        await self._change(file, work)
+        self._tables = {known: held for known, held in self._tables.items() if known.full_name != table.full_name}
+
+    async def _change(self, file: _NamespaceFile, work: Callable[[sqlite3.Connection], None]) -> None:
+        await file.in_thread(self._change_in_thread, file.path, work)
 
     def _file(self, namespace: str) -> _NamespaceFile:
         if self._closed:
@@ -209,28 +300,30 @@ class SqliteStorage:
         file = self._file(table.namespace)
         for known in await file.catalogue():
             if known.name == table.name:
-                if not is_same_table(known, table):
-                    raise InvalidOperationError(f"{table.full_name} exists with other columns or keys")
+                if not is_same_table(table, known):
+                    raise InvalidOperationError(f"{table.full_name} exists otherwise: {difference(table, known)}")
                 held = self._tables[table] = _Table(file, rules, TableStatements(table))
                 return held
         raise InvalidOperationError(f"there is no table {table.full_name}")
 
-    def _create_table(self, path: Path, table: TableSchema) -> None:
-        """Runs on the file's thread, on a connection of its own: it competes for the file like another process."""
+    def _change_in_thread(self, path: Path, work: Callable[[sqlite3.Connection], None]) -> None:
+        """One transaction that changes tables, on a connection of its own: it competes like another process."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unusable_directory(self._directory, error) from error
         for namespace in _namespaces(self._directory):
-            if namespace != table.namespace and namespace.lower() == table.namespace.lower():
-                raise InvalidOperationError(f"namespaces {table.namespace} and {namespace} differ only by case")
+            if namespace != path.stem and namespace.lower() == path.stem.lower():
+                raise InvalidOperationError(f"namespaces {path.stem} and {namespace} differ only by case")
         patience = _Patience(self._lock_timeout_ms)
         try:
             connection = patience.retry(lambda: _connect(path, "rwc", self._max_pages))
             try:
                 patience.retry(lambda: _prepare_file(connection, path))
                 patience.retry(lambda: connection.execute("BEGIN IMMEDIATE"))
-                _create_in(connection, path, table)
+                _stock_in(connection)
+                work(connection)
+                connection.execute("COMMIT")
             finally:
                 connection.close()
         except sqlite3.Error as error:
@@ -583,17 +676,27 @@ def _is_new(path: Path, objects: int, application_id: int, version: int) -> bool
     return True
 
 
-def _create_in(connection: sqlite3.Connection, path: Path, table: TableSchema) -> None:
-    """Create `table` under the file's write lock, unless somebody just has."""
+def _stock_in(connection: sqlite3.Connection) -> None:
+    """Make the open file one of ours, under its write lock, unless it is."""
     if connection.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
         connection.execute(_CREATE_CATALOGUE)
+
+
+def _create_in(connection: sqlite3.Connection, path: Path, table: TableSchema) -> None:
+    """Create `table` under the file's write lock, unless somebody just has."""
     existing = [_schema(path.stem, *row) for row in connection.execute(_READ_CATALOGUE)]
     if needs_creation(table, existing):
-        connection.execute(TableStatements(table).create_table())
+        statements = TableStatements(table)
+        connection.execute(statements.create_table())
+        for column in sorted(table.indexes):
+            connection.execute(statements.create_index(column))
         connection.execute(_ADD_TO_CATALOGUE, (table.name, _definition(table)))
-    connection.execute("COMMIT")
+
+
+def _key(table: TableSchema, row: Row) -> Key:
+    return Key(tuple(row[c] for c in table.partition_key), tuple(row[c] for c in table.clustering_key))
 
 
 def _definition(table: TableSchema) -> str:
@@ -602,6 +705,8 @@ def _definition(table: TableSchema) -> str:
             "columns": list(table.columns.items()),
             "partition_key": table.partition_key,
             "clustering_key": table.clustering_key,
+            "descending": sorted(table.descending),
+            "indexes": sorted(table.indexes),
         }
     )
 
@@ -614,6 +719,9 @@ def _schema(namespace: str, name: str, definition: str) -> TableSchema:
         columns={column: DataType(data_type) for column, data_type in read["columns"]},
         partition_key=tuple(read["partition_key"]),
         clustering_key=tuple(read["clustering_key"]),
+        # Files of the first release have tables without these.
+        descending=frozenset(read.get("descending", ())),
+        indexes=frozenset(read.get("indexes", ())),
     )
 
 

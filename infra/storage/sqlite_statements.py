@@ -1,21 +1,25 @@
 """The SQL of one table: statements composed from validated names, values always bound.
 
 Pure: nothing here opens a file. Names enter the text only through `_quoted`, operators only through a table of
-literals, and every value through a `?`.
+literals, and every value through a `?`. SQLite has no types for days and times: they are integers in the order of
+what they stand for (days, and milliseconds, since 1970; microseconds of the day).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+import datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from infra.storage.operations import (
     Bound,
     ColumnCondition,
+    CrossPartition,
     DataType,
     Delete,
     If,
     IfNotExists,
+    IndexScan,
     Key,
     Mutation,
     Operator,
@@ -36,7 +40,17 @@ _AFFINITIES: Mapping[DataType, str] = {
     DataType.DOUBLE: "REAL",
     DataType.TEXT: "TEXT",
     DataType.BLOB: "BLOB",
+    DataType.DATE: "INTEGER",
+    DataType.TIME: "INTEGER",
+    DataType.TIMESTAMP: "INTEGER",
+    DataType.TIMESTAMPTZ: "INTEGER",
 }
+
+_TEMPORAL = frozenset({DataType.DATE, DataType.TIME, DataType.TIMESTAMP, DataType.TIMESTAMPTZ})
+_DAY_ZERO = datetime.date(1970, 1, 1)
+_TIME_ZERO = datetime.datetime(1970, 1, 1)
+_MS = datetime.timedelta(milliseconds=1)
+_US = datetime.timedelta(microseconds=1)
 
 _OPERATORS: Mapping[Operator, str] = {
     Operator.EQ: "= ?",
@@ -77,22 +91,45 @@ class TableStatements:
         self._name = _quoted(table.name)
         self._key = _conjunction(f"{_quoted(column)} = ?" for column in table.key_columns)
         self._selected = _list(self._columns)
-        self._booleans = tuple(c for c, data_type in table.columns.items() if data_type is DataType.BOOLEAN)
+        self._decoders = tuple((c, _DECODERS[t]) for c, t in table.columns.items() if t in _DECODERS)
+        self._has_temporal = not _TEMPORAL.isdisjoint(table.columns.values())
         self._writes: dict[object, Write] = {}
         self._scans: dict[object, str] = {}
         self.get = f"SELECT {self._selected} FROM {self._name} WHERE {self._key}"
 
     def create_table(self) -> str:
         columns = ", ".join(f"{_quoted(c)} {_AFFINITIES[data_type]}" for c, data_type in self.table.columns.items())
-        return f"CREATE TABLE {self._name} ({columns}, PRIMARY KEY ({_list(self.table.key_columns)})) WITHOUT ROWID"
+        key = ", ".join(f"{_quoted(c)}{' DESC' if c in self.table.descending else ''}" for c in self.table.key_columns)
+        return f"CREATE TABLE {self._name} ({columns}, PRIMARY KEY ({key})) WITHOUT ROWID"
+
+    def create_index(self, column: str) -> str:
+        name = _index_name(self.table, column)
+        return f"CREATE INDEX IF NOT EXISTS {name} ON {self._name} ({_quoted(column)})"
+
+    def drop_index(self, column: str) -> str:
+        return f"DROP INDEX IF EXISTS {_index_name(self.table, column)}"
+
+    def add_column(self, column: str, data_type: DataType) -> str:
+        return f"ALTER TABLE {self._name} ADD COLUMN {_quoted(column)} {_AFFINITIES[data_type]}"
+
+    def drop_table(self) -> str:
+        return f"DROP TABLE IF EXISTS {self._name}"
+
+    def truncate_table(self) -> str:
+        return f"DELETE FROM {self._name}"
 
     def row(self, values: Sequence[Value]) -> Row:
         """The columns of `get` and `scan` as the port's row."""
         row = dict(zip(self._columns, values, strict=True))
-        for column in self._booleans:
+        for column, decoded in self._decoders:
             value = row[column]
-            row[column] = None if value is None else bool(value)
+            if value is not None:
+                row[column] = decoded(value)
         return row
+
+    def key(self, key: Key) -> Parameters:
+        """The parameters of `get`."""
+        return self._bound(key.partition + key.clustering)
 
     def write(self, mutation: Mutation) -> tuple[Write, Parameters]:
         """The statement that applies `mutation` if its condition holds, with its parameters."""
@@ -106,8 +143,8 @@ class TableStatements:
         key = mutation.key.partition + mutation.key.clustering
         values = tuple(mutation.columns.values()) if isinstance(mutation, Put) else ()
         if isinstance(mutation, Put) and (condition is None or isinstance(condition, IfNotExists)):
-            return statement, key + values
-        return statement, values + key + _compared(conditions)
+            return statement, self._bound(key + values)
+        return statement, self._bound(values + key + _compared(conditions))
 
     def scan(self, scan: Scan) -> tuple[str, Parameters]:
         """The statement that reads what `scan` names, with its parameters."""
@@ -122,7 +159,23 @@ class TableStatements:
             sql = _remember(self._scans, shape, self._compose_scan(scan))
         start = scan.start.values if scan.start else ()
         end = scan.end.values if scan.end else ()
-        return sql, (*scan.partition, *start, *end, *_compared(scan.where), scan.limit or -1)
+        return sql, self._bound((*scan.partition, *start, *end, *_compared(scan.where), scan.limit or -1))
+
+    def page(self, selection: CrossPartition, after: Key | None, page_size: int) -> tuple[str, Parameters]:
+        """The statement that reads the rows of `selection` in the order of their keys, from `after` on."""
+        key = self.table.key_columns
+        terms: list[str] = []
+        values: Parameters = ()
+        if isinstance(selection, IndexScan):
+            terms, values = [f"{_quoted(selection.column)} = ?"], (selection.value,)
+        if after is not None:
+            terms.append(f"({_list(key)}) > ({_marks(len(key))})")
+        terms += map(_comparison, selection.where)
+        where = f" WHERE {_conjunction(terms)}" if terms else ""
+        position = after.partition + after.clustering if after is not None else ()
+        parameters = (*values, *position, *_compared(selection.where), page_size)
+        sql = f"SELECT {self._selected} FROM {self._name}{where} ORDER BY {_list(key)} LIMIT ?"
+        return sql, self._bound(parameters)
 
     def first_partition(self) -> str:
         """The smallest partition key."""
@@ -139,9 +192,12 @@ class TableStatements:
         """The columns of `first_partition` and `next_partition` as a partition key."""
         types = self.table.columns
         return tuple(
-            bool(value) if types[column] is DataType.BOOLEAN else value
+            _DECODERS[types[column]](value) if types[column] in _DECODERS else value
             for column, value in zip(self.table.partition_key, values, strict=True)
         )
+
+    def _bound(self, values: Parameters) -> Parameters:
+        return tuple(map(_encoded, values)) if self._has_temporal else values
 
     def _compose_write(self, mutation: Mutation) -> Write:
         condition = mutation.condition
@@ -171,8 +227,10 @@ class TableStatements:
         terms += self._range(scan.start, ">=", ">")
         terms += self._range(scan.end, "<=", "<")
         terms += map(_comparison, scan.where)
-        direction = "DESC" if scan.reverse else "ASC"
-        order = ", ".join(f"{_quoted(column)} {direction}" for column in table.key_columns)
+        order = ", ".join(
+            f"{_quoted(column)} {'DESC' if (column in table.descending) != scan.reverse else 'ASC'}"
+            for column in table.key_columns
+        )
         return f"SELECT {self._selected} FROM {self._name} WHERE {_conjunction(terms)} ORDER BY {order} LIMIT ?"
 
     def _range(self, bound: Bound | None, inclusive: str, exclusive: str) -> list[str]:
@@ -184,9 +242,31 @@ class TableStatements:
         return [f"({columns}) {inclusive if bound.inclusive else exclusive} ({_marks(len(bound.values))})"]
 
 
-def key_parameters(key: Key) -> Parameters:
-    """The parameters of `TableStatements.get`."""
-    return key.partition + key.clustering
+def _encoded(value: Value) -> Value:
+    """A value as SQLite holds it."""
+    match value:
+        case datetime.datetime():
+            return (value.replace(tzinfo=None) - _TIME_ZERO) // _MS
+        case datetime.date():
+            return (value - _DAY_ZERO).days
+        case datetime.time():
+            return ((value.hour * 60 + value.minute) * 60 + value.second) * 1_000_000 + value.microsecond
+        case _:
+            return value
+
+
+_DECODERS: Mapping[DataType, Callable[[Any], Value]] = {
+    DataType.BOOLEAN: bool,
+    DataType.DATE: lambda days: _DAY_ZERO + datetime.timedelta(days=days),
+    DataType.TIME: lambda microseconds: (_TIME_ZERO + microseconds * _US).time(),
+    DataType.TIMESTAMP: lambda milliseconds: _TIME_ZERO + milliseconds * _MS,
+    DataType.TIMESTAMPTZ: lambda milliseconds: (_TIME_ZERO + milliseconds * _MS).replace(tzinfo=datetime.UTC),
+}
+
+
+def _index_name(table: TableSchema, column: str) -> str:
+    """A name that no table and no other index can have: names hold no `$`."""
+    return f'"{check_identifier(table.name)}$index${check_identifier(column)}"'
 
 
 def _quoted(name: str) -> str:

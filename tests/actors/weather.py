@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal
 
 from infra.storage.errors import UnavailableStorageError, UnknownOutcomeError
-from infra.storage.operations import Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
+from infra.storage.operations import CrossPartition, Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
 from infra.storage.port import Storage, atomic_unit
 
 PATIENT_S = 20.0
@@ -124,6 +124,9 @@ class Weather:
         info = self.storage.info
         return info if self._serializes is None else replace(info, serializes_batches=self._serializes)
 
+    def info_of(self, namespace: str) -> StorageInfo:
+        return self.info
+
     async def create_table(self, table: TableSchema) -> None:
         await self.storage.create_table(table)
 
@@ -142,12 +145,17 @@ class Weather:
         self._enter("scan", frozenset([scan.table.full_name]))
         return await self.storage.scan(scan)
 
+    async def pages(self, selection: CrossPartition, page_size: int = 256) -> AsyncIterator[list[Row]]:
+        self._enter("pages", frozenset([selection.table.full_name]))
+        async for page in self.storage.pages(selection, page_size):
+            yield page
+
     async def mutate(self, mutations: Sequence[Mutation]) -> None:
         tables = frozenset(mutation.table.full_name for mutation in mutations)
         fault, call = self._enter("mutate", tables, tuple(mutations))
         if fault is Fault.LOST:
             raise UnknownOutcomeError("not applied, and not answered")
-        units = {atomic_unit(self.info.atomicity, m.table, m.key) for m in mutations if m.condition is not None}
+        units = {atomic_unit(self.info, m.table, m.key) for m in mutations if m.condition is not None}
         for unit in units:
             self.in_flight[unit] += 1
             self.most_in_flight[unit] = max(self.most_in_flight[unit], self.in_flight[unit])

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from infra.storage.errors import UnavailableStorageError, UnknownOutcomeError
-from infra.storage.operations import Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
+from infra.storage.operations import CrossPartition, Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
 from infra.storage.port import Storage
 
 
@@ -137,6 +137,9 @@ class FaultyStorage:
     def info(self) -> StorageInfo:
         return self.storage.info
 
+    def info_of(self, namespace: str) -> StorageInfo:
+        return self.storage.info_of(namespace)
+
     async def create_table(self, table: TableSchema) -> None:
         await self.storage.create_table(table)
 
@@ -157,6 +160,12 @@ class FaultyStorage:
         rows = await self.storage.scan(scan)
         await self._leave(kind)
         return rows
+
+    async def pages(self, selection: CrossPartition, page_size: int = 256) -> AsyncIterator[list[Row]]:
+        kind = await self._enter("pages", frozenset([selection.table.full_name]))
+        async for page in self.storage.pages(selection, page_size):
+            yield page
+        await self._leave(kind)
 
     async def mutate(self, mutations: Sequence[Mutation]) -> None:
         tables = frozenset(mutation.table.full_name for mutation in mutations)

@@ -89,9 +89,9 @@ def write(number: int, partition: int) -> PendingWrite:
 
 def test_writes_are_grouped_by_atomic_unit_and_by_what_the_storage_takes_at_once() -> None:
     writes = [write(number, number % 2) for number in range(10)]
-    info = StorageInfo("test", Atomicity.PARTITION, max_mutations=2)
+    storage = MemoryStorage(Atomicity.PARTITION, max_mutations=2)
 
-    batches = [[each.key.clustering[0] for each in batch] for batch in grouping.batches(info, writes)]
+    batches = [[each.key.clustering[0] for each in batch] for batch in grouping.batches(storage, writes)]
 
     assert batches == [[0, 2], [4, 6], [8], [1, 3], [5, 7], [9]]
 
@@ -100,7 +100,7 @@ def test_a_storage_without_a_limit_gets_a_unit_at_once() -> None:
     writes = [write(number, number % 2) for number in range(10)]
 
     sizes = {
-        atomicity: [len(batch) for batch in grouping.batches(StorageInfo("test", atomicity), writes)]
+        atomicity: [len(batch) for batch in grouping.batches(MemoryStorage(atomicity), writes)]
         for atomicity in Atomicity
     }
 
@@ -113,6 +113,9 @@ class LimitedStorage(FaultyStorage):
     @property
     def info(self) -> StorageInfo:
         return StorageInfo("limited", Atomicity.PARTITION, max_mutations=3)
+
+    def info_of(self, namespace: str) -> StorageInfo:
+        return self.info
 
 
 async def test_a_transaction_larger_than_what_the_storage_takes_at_once_commits_in_several_batches() -> None:

@@ -75,7 +75,7 @@ HOSTILE_TEXTS = [
 
 # Rows whose keys try the order of each type: negative numbers, case, and a character that UTF-16 would misplace.
 NAMES = ["", "A", "a", "a\0", "ab", "\u00e9", "\uffff", "\U0001f600"]
-NUMBERS = [-(2**63), -1, 0, 7, 2**63 - 1]
+NUMBERS = [-(2**53), -1, 0, 7, 2**53]
 
 
 # operator: does it hold for (held, asked)? For every pair of the columns' low and high values and NULL.
@@ -153,9 +153,9 @@ class StorageContract:
     async def test_a_table_that_exists_with_other_columns_or_keys_is_refused(
         self, storage: Storage, other: TableSchema
     ):
-        with pytest.raises(InvalidOperationError, match="exists with other"):
+        with pytest.raises(InvalidOperationError, match="exists otherwise"):
             await storage.create_table(other)
-        with pytest.raises(InvalidOperationError, match="exists with other"):
+        with pytest.raises(InvalidOperationError, match="exists otherwise"):
             await storage.get(other, Key(("a",), (1,) * len(other.clustering_key)))
 
         assert COUNTERS in await storage.tables()
@@ -285,7 +285,7 @@ class StorageContract:
         [
             *itertools.product(["flag"], [True, False]),
             *itertools.product(["small"], [0, -1, -(2**31), 2**31 - 1]),
-            *itertools.product(["big"], [0, -1, -(2**63), 2**63 - 1]),
+            *itertools.product(["big"], [0, -1, -(2**53), 2**53]),
             *itertools.product(["single"], [0.0, -1.5, 3.0, struct.unpack("f", b"\xff\xff\x7f\x7f")[0], math.inf]),
             *itertools.product(["double"], [0.0, 3.0, 0.1, 5e-324, 1.7976931348623157e308, 2.0**53 + 2, -math.inf]),
             *itertools.product(["note"], ["", "plain", "\u00e9\uffff\U0001f600", "x" * 100_000, *HOSTILE_TEXTS]),
@@ -310,7 +310,7 @@ class StorageContract:
         [
             *itertools.product(["flag"], [0, 1, "true"]),
             *itertools.product(["small"], [True, 1.0, "1", 2**31, -(2**31) - 1]),
-            *itertools.product(["big"], [False, 1.0, 2**63, -(2**63) - 1]),
+            *itertools.product(["big"], [False, 1.0, 2**53 + 1, -(2**53) - 1]),
             *itertools.product(["single"], [1, 0.1, 1e39, math.nan, "1"]),
             *itertools.product(["double"], [1, math.nan, "1"]),
             *itertools.product(["note"], [1, b"x", "\ud800", "x\udfff", ["x"]]),
@@ -345,7 +345,7 @@ class StorageContract:
             Key((True,), ("n", 0)),
             Key((0,), (0, "n")),
             Key((0,), ("\ud800", 0)),
-            Key((0,), ("n", 2**63)),
+            Key((0,), ("n", 2**53 + 1)),
             Key([0], ("n", 0)),  # type: ignore[arg-type]
         ],
         ids=repr,
@@ -440,7 +440,7 @@ class StorageContract:
         [
             ("flag", False, True),
             ("small", -1, 2),
-            ("big", -(2**63), 2**63 - 1),
+            ("big", -(2**53), 2**53),
             ("single", -1.5, 2.0),
             ("double", -math.inf, 1e-300),
             ("note", "a", "\u00e9"),
@@ -697,7 +697,7 @@ class StorageContract:
             ("a", 0),
             ("a", 5),
             ("\uffff",),
-            ("\U0001f600", 2**63 - 1),
+            ("\U0001f600", 2**53),
         ]
         bounds = [None, *(Bound(prefix, inclusive) for prefix in prefixes for inclusive in (True, False))]
         for start, end in itertools.product(bounds, bounds):

@@ -58,7 +58,7 @@ keys = st.builds(lambda flag, name, day: Key((flag,), (name, day)), st.booleans(
 
 VALUES: Mapping[str, st.SearchStrategy[Value]] = {
     "raw": st.none() | st.binary(max_size=4),
-    "count": st.none() | st.integers(-(2**63), 2**63 - 1) | st.integers(0, 2),
+    "count": st.none() | st.integers(-(2**53), 2**53) | st.integers(0, 2),
     "ratio": st.none() | st.floats(allow_nan=False),
     "note": st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=4),
 }

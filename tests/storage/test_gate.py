@@ -31,7 +31,7 @@ class ContendingStorage(MemoryStorage):
         return replace(super().info, serializes_batches=False)
 
     async def mutate(self, mutations: Sequence[Mutation]) -> None:
-        unit = atomic_unit(self.info.atomicity, mutations[0].table, mutations[0].key) if mutations else None
+        unit = atomic_unit(self.info, mutations[0].table, mutations[0].key) if mutations else None
         self.inside.append(unit)
         self.most_in_one_unit = max(self.most_in_one_unit, self.inside.count(unit))
         self.most_at_all = max(self.most_at_all, len(self.inside))
