@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 from protocol_world import World
 
-from infra.storage.memory import MemoryStorage
-from infra.storage.operations import Atomicity
 from infra.storage.port import Storage
-from infra.storage.sqlite import SqliteStorage
+from tests.storages import LOCAL, opened
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-async def storage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Storage]:
-    made: Storage = (
-        MemoryStorage(atomicity=Atomicity.PARTITION) if request.param == "memory" else SqliteStorage(tmp_path)
-    )
-    yield made
-    await made.close()
+@pytest.fixture(params=LOCAL)
+def opening(request: pytest.FixtureRequest, tmp_path: Path) -> AbstractAsyncContextManager[Storage]:
+    return opened(request.param, request, tmp_path)
+
+
+@pytest.fixture
+async def storage(opening: AbstractAsyncContextManager[Storage]) -> AsyncIterator[Storage]:
+    async with opening as made:
+        yield made
 
 
 @pytest.fixture
