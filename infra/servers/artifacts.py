@@ -38,12 +38,17 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that runs from Java archives: Maven coordinates of its roots; their graph is in the lock file."""
+    """A server that runs from Java archives: Maven coordinates of its roots; their graph is in the lock file.
+
+    `excluded` names what is left out of that graph, with all that only it needs: `group:artifact`, where `*` stands
+    for any, as in a pom's exclusions.
+    """
 
     name: str
     version: str
     coordinates: tuple[str, ...]
     lock_dir: Path = _HERE
+    excluded: tuple[str, ...] = ()
 
     @property
     def lock_path(self) -> Path:
@@ -58,6 +63,22 @@ SERVERS: Mapping[str, Server] = {
         # log4j's parent pom from choosing the versions of Kafka's own libraries.
         coordinates=("org.apache.kafka:kafka_2.13:4.1.0", "org.apache.logging.log4j:log4j-slf4j-impl:2.24.3!"),
     ),
+    "cassandra": Server(
+        name="cassandra",
+        version="5.0.8",
+        coordinates=("org.apache.cassandra:cassandra-all:5.0.8",),
+    ),
+    "dynamodb": Server(
+        name="dynamodb",
+        version="2.6.1",
+        coordinates=("com.amazonaws:DynamoDBLocal:2.6.1",),
+        # The native SQLite libraries of systems that Concord does not run on.
+        excluded=(
+            "com.almworks.sqlite4java:sqlite4java-win32-x64",
+            "com.almworks.sqlite4java:sqlite4java-win32-x86",
+            "com.almworks.sqlite4java:libsqlite4java-linux-i386",
+        ),
+    ),
 }
 
 
@@ -70,10 +91,13 @@ class LockedArtifact:
 
     @property
     def coordinate(self) -> str:
-        """group:artifact:version, and the classifier where the file name has one."""
+        """group:artifact:version, the classifier where the file name has one, the packaging where it is no jar."""
         *group, artifact, version, file = self.path.split("/")
-        classifier = file.removeprefix(f"{artifact}-{version}").removesuffix(".jar").removeprefix("-")
-        return ":".join(filter(None, (".".join(group), artifact, version, classifier)))
+        classifier, _, packaging = file.removeprefix(f"{artifact}-{version}").rpartition(".")
+        parts = (".".join(group), artifact, version, classifier.removeprefix("-"))
+        if packaging != "jar":  # an empty part makes jgo take the parts by position: …:classifier:packaging:scope
+            return ":".join((*parts, packaging, ""))
+        return ":".join(filter(None, parts))
 
 
 def default_cache_dir(environment: Mapping[str, str] | None = None) -> Path:
@@ -221,8 +245,10 @@ def write_lock(server: Server, *, progress: Progress = _print_progress) -> None:
 
     with tempfile.TemporaryDirectory() as staging:
         context = _maven_context(Path(staging))
+        excluded = [context.project(*name.split(":")) for name in server.excluded]
         roots = [
-            context.create_dependency(replace(Coordinate.parse(name), scope="compile")) for name in server.coordinates
+            context.create_dependency(replace(Coordinate.parse(name), scope="compile"), exclusions=excluded)
+            for name in server.coordinates
         ]
         inputs, transitive = context.resolver.resolve(roots)
         runtime = [*inputs, *(item for item in transitive if item.scope in ("compile", "runtime"))]
