@@ -1,4 +1,4 @@
-"""What tests of several folders share: one real Kafka, and one real system, for the whole session.
+"""What tests of several folders share: one of each real server, and one real system, for the whole session.
 
 Imported inside the fixtures, so that a folder that needs neither does not wait for what they need.
 """
@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 
 if TYPE_CHECKING:
+    from infra.servers.cassandra import LocalCassandra
     from infra.servers.kafka import LocalKafka
     from tests.end_to_end.harness import System
 
@@ -22,6 +23,15 @@ async def kafka(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Local
     from tests.servers.kafka_fixture import running_kafka
 
     async with running_kafka(tmp_path_factory.mktemp("kafka")) as node:
+        yield node
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def cassandra(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCassandra]:
+    """A Cassandra without keyspaces; tests make keyspaces or rows of their own on it, and leave it running."""
+    from tests.servers.cassandra_fixture import running_cassandra
+
+    async with running_cassandra(tmp_path_factory.mktemp("cassandra")) as node:
         yield node
 
 
