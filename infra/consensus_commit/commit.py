@@ -6,19 +6,22 @@
                    ▼                                 meets the records will ask it.
              abort state ──► roll back records
 
-The instant of the COMMITTED row is the commit; what comes after is best effort. Participants write records, the
-coordinator writes the state row, and this file writes nothing itself.
+The instant of the COMMITTED row is the commit; what comes after is best effort, and need not be waited for: whoever
+reads a record that is still PREPARED asks the state table and sees the commit. Participants write records, the
+coordinator writes the state row, a journal (if there is one) the intent, and this file writes nothing itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
 
 from infra.clock import Clock
 from infra.consensus_commit.coordinator import CoordinatorStates
 from infra.consensus_commit.errors import CommitConflictError
+from infra.consensus_commit.journal import Journal
 from infra.consensus_commit.parallel import in_parallel
 from infra.consensus_commit.participant import ParticipantTransaction
 from infra.consensus_commit.states import TransactionState
@@ -27,6 +30,14 @@ from infra.storage.errors import UnavailableStorageError
 logger = logging.getLogger(__name__)
 
 BeforeCommitState = Callable[[], Awaitable[None]]
+"""Work of the caller's own that runs beside preparing and must have succeeded before the commit."""
+
+Settle = Callable[[str, Coroutine[Any, Any, None]], Awaitable[None]]
+"""How the last step of a transaction (its id is given) is run: awaited at once, or set going."""
+
+
+async def settle_now(tx_id: str, work: Coroutine[Any, Any, None]) -> None:
+    await work
 
 
 async def commit(
@@ -37,12 +48,17 @@ async def commit(
     *,
     one_phase_commit: bool = True,
     before_commit_state: BeforeCommitState | None = None,
+    journal: Journal | None = None,
+    settle: Settle = settle_now,
 ) -> None:
     """Commit what `participants` read and wrote as `tx_id`.
 
     `before_commit_state` is begun with the first prepare and has ended before the state is committed; if it raises,
-    the transaction is aborted. Raises a TransactionConflictError or what a participant raised when nothing took
-    effect, UnknownTransactionStatusError when nobody can tell.
+    the transaction is aborted. `journal` writes down what is about to be touched, for whoever has to clean up after
+    this process; `settle` runs what comes after the commit.
+
+    Raises a TransactionConflictError or what a participant raised when nothing took effect,
+    UnknownTransactionStatusError when nobody can tell.
     """
     await in_parallel([participant.pre_read() for participant in participants])
     writers = [participant for participant in participants if participant.has_writes]
@@ -53,6 +69,27 @@ async def commit(
     if one_phase_commit and before_commit_state is None and _fits_one_phase(participants, writers):
         return await writers[0].commit_one_phase(clock.now_ms())
 
+    if journal is not None:
+        await journal.begin(tx_id, [partition for writer in writers for partition in writer.written_partitions()])
+    try:
+        committed_at_ms = await _decide(tx_id, participants, writers, states, clock, before_commit_state, journal)
+    except BaseException:
+        if journal is not None:
+            journal.leave(tx_id)  # What is left of it, if anything, is the sweeper's.
+        raise
+    await settle(tx_id, _finish(tx_id, writers, committed_at_ms, journal))
+
+
+async def _decide(
+    tx_id: str,
+    participants: Sequence[ParticipantTransaction],
+    writers: Sequence[ParticipantTransaction],
+    states: CoordinatorStates,
+    clock: Clock,
+    before_commit_state: BeforeCommitState | None,
+    journal: Journal | None,
+) -> int:
+    """Prepare, validate and commit the state; when it was committed (ms), or what kept it from being."""
     side_work = asyncio.ensure_future(before_commit_state()) if before_commit_state else None
     try:
         await _prepare_records(writers, clock.now_ms())
@@ -62,7 +99,7 @@ async def commit(
     except Exception:
         if side_work is not None:
             await asyncio.wait([side_work])
-        await _abort(tx_id, writers, states)
+        await _abort(tx_id, writers, states, journal)
         raise
     finally:  # Of use only to a commit that was cancelled; its records are left to recovery.
         if side_work is not None:
@@ -75,10 +112,21 @@ async def commit(
         await _rollback_records(writers)
         raise
     except UnavailableStorageError:  # Surely not written, so it is still ours to abort.
-        await _abort(tx_id, writers, states)
+        await _abort(tx_id, writers, states, journal)
         raise
+    return committed_at_ms
 
-    await _commit_records(writers, committed_at_ms)
+
+async def _finish(
+    tx_id: str, writers: Sequence[ParticipantTransaction], committed_at_ms: int, journal: Journal | None
+) -> None:
+    """Make the records of a committed transaction say so. What cannot be settled now is left to whoever meets it."""
+    try:
+        if await _commit_records(writers, committed_at_ms) and journal is not None:
+            journal.settled(tx_id)
+    finally:
+        if journal is not None:
+            journal.leave(tx_id)
 
 
 async def _prepare_records(writers: Sequence[ParticipantTransaction], prepared_at_ms: int) -> None:
@@ -89,19 +137,22 @@ async def _validate_records(participants: Sequence[ParticipantTransaction]) -> N
     await in_parallel([participant.validate_records() for participant in participants])
 
 
-async def _commit_records(writers: Sequence[ParticipantTransaction], committed_at_ms: int) -> None:
-    await in_parallel([writer.commit_records(committed_at_ms) for writer in writers])
+async def _commit_records(writers: Sequence[ParticipantTransaction], committed_at_ms: int) -> bool:
+    return all(await in_parallel([writer.commit_records(committed_at_ms) for writer in writers]))
 
 
-async def _rollback_records(writers: Sequence[ParticipantTransaction]) -> None:
-    await in_parallel([writer.rollback_records() for writer in writers])
+async def _rollback_records(writers: Sequence[ParticipantTransaction]) -> bool:
+    return all(await in_parallel([writer.rollback_records() for writer in writers]))
 
 
-async def _abort(tx_id: str, writers: Sequence[ParticipantTransaction], states: CoordinatorStates) -> None:
+async def _abort(
+    tx_id: str, writers: Sequence[ParticipantTransaction], states: CoordinatorStates, journal: Journal | None
+) -> None:
     """Put ABORTED, then roll back. If the put is not answered, its error says so and nothing is rolled back."""
     winner = await states.abort_state(tx_id)
     assert winner.state is TransactionState.ABORTED, f"{tx_id} was committed by somebody else, and only we may"
-    await _rollback_records(writers)
+    if await _rollback_records(writers) and journal is not None:
+        journal.settled(tx_id)
 
 
 def _fits_one_phase(participants: Sequence[ParticipantTransaction], writers: Sequence[ParticipantTransaction]) -> bool:

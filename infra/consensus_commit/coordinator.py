@@ -7,15 +7,22 @@ transaction puts ABORTED and obeys the winner; looking alone aborts nobody.
 A put whose outcome is unknown is tried again: the row is the same whoever wrote it, so that a second put either
 decides or meets the decision. What is never done is to guess.
 
-Source: ScalarDB's Coordinator and CommitHandler; the table has exactly its columns (`coordinator.state`, without group
-commit and write-set logging). Never touches user records.
+Java programs may commit in groups: one row under a parent id lists the children that it commits, and a slow child has
+a row of its own under its full id, `parent$child`. Such rows are understood here and never written, except to abort:
+first an ABORTED parent row without children, which keeps a late group from committing, then one under the full id.
+
+The table is created with exactly ScalarDB's columns without group commit and write-set logging. One that has those
+columns (`tx_child_ids`, `tx_write_set`), because a Java program made it, is used as it is.
+
+Source: ScalarDB's CoordinatorStateAccessor and CommitHandler. Never touches user records.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from infra.clock import Clock
@@ -40,6 +47,9 @@ from infra.storage.port import Storage
 
 Sleep = Callable[[float], Awaitable[None]]
 
+_OPTIONAL_COLUMNS = {"tx_child_ids": DataType.TEXT, "tx_write_set": DataType.BLOB}
+_KNOWN_AT_MOST = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class StateRow:
@@ -48,6 +58,21 @@ class StateRow:
     tx_id: str
     state: TransactionState
     created_at_ms: int
+    child_ids: tuple[str, ...] = ()
+    """The children of a group that this row commits, where `tx_id` is that of a group (ScalarDB's group commit)."""
+    write_set: bytes | None = None
+    """What the transaction wrote, if a Java program logged it: see `write_set`."""
+
+
+PARENT_ID_LENGTH = 24
+"""Characters of a group's id, before `$` and the child's (ScalarDB's DefaultGroupCommitKeyManipulator)."""
+
+
+def group_and_child(tx_id: str) -> tuple[str, str] | None:
+    """The group's and the child's part of the id of a transaction that was begun in a group; None for any other."""
+    if len(tx_id) <= PARENT_ID_LENGTH or tx_id[PARENT_ID_LENGTH] != "$":
+        return None
+    return tx_id[:PARENT_ID_LENGTH], tx_id[PARENT_ID_LENGTH + 1 :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +107,65 @@ class CoordinatorStates:
             {"tx_id": DataType.TEXT, "tx_state": DataType.INT, "tx_created_at": DataType.BIGINT},
             partition_key=("tx_id",),
         )
+        self._is_adopted = False
+        self._known: OrderedDict[str, StateRow] = OrderedDict()
 
     async def create_tables(self) -> None:
-        await self._storage.create_table(self.table)
+        """Create the state table if it is absent. One that ScalarDB made, with more columns, is left as it is."""
+        await self._adopt()
+        if not self._is_adopted:
+            await self._storage.create_table(self.table)
+
+    def known(self, tx_id: str) -> StateRow | None:
+        """What this process saw decided about `tx_id` lately, without asking. A decision never changes."""
+        return self._known.get(tx_id)
 
     async def get_state(self, tx_id: str) -> StateRow | None:
-        """What was decided about `tx_id`; None while undecided (or once pruned)."""
+        """What was decided about `tx_id`; None while undecided (or once pruned).
+
+        For a transaction of a group (`parent$child`): the group's row if that commits the child, else its own.
+        """
+        known = self._known.get(tx_id)
+        if known is not None:
+            return known
+        group = group_and_child(tx_id)
+        if group is not None:
+            parent, child = group
+            decided = await self._get(parent)
+            if decided is not None and child in decided.child_ids:
+                return replace(decided, tx_id=tx_id)
+        return await self._get(tx_id)
+
+    async def _get(self, tx_id: str) -> StateRow | None:
+        await self._adopt()
         row = await self._storage.get(self.table, Key((tx_id,)))
         if row is None:
             return None
-        return StateRow(tx_id, TransactionState(cast(int, row["tx_state"])), cast(int, row["tx_created_at"]))
+        children = cast("str | None", row.get("tx_child_ids"))
+        return StateRow(
+            tx_id,
+            TransactionState(cast(int, row["tx_state"])),
+            cast(int, row["tx_created_at"]),
+            tuple(children.split(",")) if children else (),
+            cast("bytes | None", row.get("tx_write_set")),
+        )
+
+    async def _adopt(self) -> None:
+        """Take the state table for what it is. Asked once, unless there is none yet."""
+        if self._is_adopted:
+            return
+        for table in await self._storage.tables():
+            if table.full_name == self.table.full_name:
+                more = {name: kind for name, kind in table.columns.items() if name not in self.table.columns}
+                if more.items() <= _OPTIONAL_COLUMNS.items():
+                    self.table = replace(self.table, columns={**self.table.columns, **more})
+                    self._is_adopted = True
+
+    def _remember(self, decided: StateRow) -> StateRow:
+        self._known[decided.tx_id] = decided
+        if len(self._known) > _KNOWN_AT_MOST:
+            self._known.popitem(last=False)
+        return decided
 
     async def commit_state(self, tx_id: str, committed_at_ms: int) -> None:
         """Commit `tx_id`, as of `committed_at_ms` (the stamp that its records will carry).
@@ -109,6 +183,7 @@ class CoordinatorStates:
                 raise UnknownTransactionStatusError(f"the state of {tx_id} cannot be read", tx_id) from error
             if winner is None or winner.state is not TransactionState.COMMITTED:
                 raise CommitConflictError(f"transaction {tx_id} was aborted by another") from None
+        self._remember(StateRow(tx_id, TransactionState.COMMITTED, committed_at_ms))
         await reach("commit_state.after")
 
     async def abort_state(self, tx_id: str) -> StateRow:
@@ -117,6 +192,16 @@ class CoordinatorStates:
         Raises UnknownTransactionStatusError if storage did not say, UnavailableStorageError if surely nothing was
         written.
         """
+        group = group_and_child(tx_id)
+        if group is not None:
+            parent, child = group
+            in_group = await self._decide_aborted(parent)
+            if child in in_group.child_ids:
+                return replace(in_group, tx_id=tx_id)
+            # The group may no longer commit this child, or never did: what remains is that it commits by itself.
+        return self._remember(await self._decide_aborted(tx_id))
+
+    async def _decide_aborted(self, tx_id: str) -> StateRow:
         created_at_ms = self._clock.now_ms()
         for _ in range(self._tries):
             try:
@@ -124,7 +209,7 @@ class CoordinatorStates:
                 return StateRow(tx_id, TransactionState.ABORTED, created_at_ms)
             except NoMutationError:
                 try:
-                    winner = await self.get_state(tx_id)
+                    winner = await self._get(tx_id)
                 except UnavailableStorageError as error:
                     raise UnknownTransactionStatusError(f"the state of {tx_id} cannot be read", tx_id) from error
                 if winner is not None:
@@ -133,6 +218,7 @@ class CoordinatorStates:
         raise UnknownTransactionStatusError(f"the state of {tx_id} appears and disappears", tx_id)
 
     async def _put(self, tx_id: str, state: TransactionState, created_at_ms: int) -> None:
+        await self._adopt()
         columns: dict[str, Value] = {"tx_state": state.value, "tx_created_at": created_at_ms}
         put = Put(self.table, Key((tx_id,)), columns, IfNotExists())
         unknown: UnknownOutcomeError | None = None
@@ -204,6 +290,7 @@ class CoordinatorStates:
         For an ABORTED one that is so when no write of its transaction can be under way any more (rule 8): the caller
         has every participant's word, or knows their processes gone. Storage errors pass through.
         """
+        self._known.pop(state.tx_id, None)
         still = If((ColumnCondition("tx_state", Operator.EQ, state.state.value),))
         try:
             await self._storage.mutate([Delete(self.table, Key((state.tx_id,)), still)])

@@ -1,24 +1,30 @@
 """The engine as a library, in one process: begins transactions, gives them their storage, commits them.
 
 In the system of actors, the two sides live apart and the coordinator actor drives them; here they are together.
-Transactions of a manager record no intents: after a crash, their records are recovered by whoever reads them.
+
+What a crash leaves behind is brought to rest by whoever reads it. A manager with a `name` also writes intents down
+before it prepares, so that a sweeper (`sweeper.py`) finds and settles its leftovers even if nobody ever reads them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 from infra.clock import Clock, SystemClock
 from infra.consensus_commit.commit import BeforeCommitState, commit
 from infra.consensus_commit.coordinator import CoordinatorStates
 from infra.consensus_commit.errors import TransactionConflictError
+from infra.consensus_commit.intents import IntentLog, new_intended_id
+from infra.consensus_commit.journal import Journal
 from infra.consensus_commit.metadata import transactional
 from infra.consensus_commit.participant import ParticipantTransaction
 from infra.consensus_commit.recovery import TRANSACTION_LIFETIME_MS, RecoveryHandler
+from infra.consensus_commit.retry import RetryPolicy
 from infra.consensus_commit.states import Isolation
+from infra.consensus_commit.sweeper import Sweeper
 from infra.consensus_commit.transaction import Transaction
 from infra.storage.operations import TableSchema
 from infra.storage.port import Storage
@@ -26,12 +32,18 @@ from infra.storage.port import Storage
 T = TypeVar("T")
 Sleep = Callable[[float], Awaitable[None]]
 
+_SETTLING_AT_MOST = 1_000
+
 
 class TransactionManager:
     """Transactions over one storage.
 
     `one_phase_commit`: let a transaction that fits one atomic unit commit by one write, without a state row.
-    `states` and `recovery` are public for inspection; `close` waits for recoveries under way.
+    `async_commit`: answer a commit once it is decided, and make its records say so afterwards; whoever reads one in
+    between sees the commit all the same. At most `_SETTLING_AT_MOST` transactions are settled so at a time.
+    `name`: who this is to whoever cleans up after it, from one start to the next; two managers that run at once must
+    have two names. None: no intents.
+    `states`, `recovery` and `sweeper` are public for inspection; run `sweeper.run()` as a task of its own.
     """
 
     def __init__(
@@ -40,6 +52,8 @@ class TransactionManager:
         clock: Clock | None = None,
         *,
         one_phase_commit: bool = True,
+        async_commit: bool = True,
+        name: str | None = None,
         coordinator_namespace: str = "coordinator",
         transaction_lifetime_ms: int = TRANSACTION_LIFETIME_MS,
         on_recovered: Callable[[str], None] = lambda kind: None,
@@ -49,6 +63,8 @@ class TransactionManager:
         self._storage = storage
         self._clock = clock or SystemClock()
         self._one_phase_commit = one_phase_commit
+        self._async_commit = async_commit
+        self._settling: set[asyncio.Task[None]] = set()
         self._random = randomness or random.Random()
         self._sleep = sleep
         self.states = CoordinatorStates(storage, self._clock, namespace=coordinator_namespace, sleep=sleep)
@@ -59,10 +75,25 @@ class TransactionManager:
             transaction_lifetime_ms=transaction_lifetime_ms,
             on_recovered=on_recovered,
         )
+        self._journal: Journal | None = None
+        if name is not None:
+            log = IntentLog(storage, namespace=coordinator_namespace)
+            self._journal = Journal(log, self._clock, name=name, incarnation=self._clock.new_id(), sleep=sleep)
+        self.sweeper = Sweeper(
+            storage,
+            self.states,
+            self.recovery,
+            self._clock,
+            journal=self._journal,
+            transaction_lifetime_ms=transaction_lifetime_ms,
+            sleep=sleep,
+        )
 
     async def create_coordinator_tables(self) -> None:
-        """Create the state table if it is absent."""
+        """Create the state table, and that of intents where they are written, if they are absent."""
         await self.states.create_tables()
+        if self._journal is not None:
+            await self._journal.log.create_tables()
 
     async def create_table(self, table: TableSchema) -> None:
         """Create `table` with the transaction columns added, if it is absent."""
@@ -80,7 +111,7 @@ class TransactionManager:
         `before_commit_state`: see `commit.commit`.
         """
         participant = ParticipantTransaction(
-            self._clock.new_id(),
+            self._clock.new_id() if self._journal is None else new_intended_id(self._clock),
             isolation=isolation,
             storage=self._storage,
             recovery=self.recovery,
@@ -96,6 +127,8 @@ class TransactionManager:
                 self._clock,
                 one_phase_commit=self._one_phase_commit,
                 before_commit_state=before_commit_state,
+                journal=self._journal,
+                settle=self._settle,
             )
 
         return Transaction(participant, commit_participant)
@@ -105,26 +138,44 @@ class TransactionManager:
         work: Callable[[Transaction], Awaitable[T]],
         *,
         isolation: Isolation = Isolation.SERIALIZABLE,
-        tries: int = 10,
-        backoff_ms: int = 10,
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
     ) -> T:
         """Run `work` in a transaction and commit it; on a conflict again from the start, with a new id.
 
-        Waits `backoff_ms`, doubled each time and jittered, between tries. Raises the last conflict, or at once
-        whatever else `work` or the commit raises; an unknown outcome is never tried again.
+        `retry` says how often and how long to wait in between. Raises the last conflict, or at once whatever else
+        `work` or the commit raises; an unknown outcome is never tried again.
         """
-        for attempt in range(tries):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 async with self.begin(isolation) as transaction:
                     result = await work(transaction)
                     await transaction.commit()
                     return result
             except TransactionConflictError:
-                if attempt == tries - 1:
+                if attempt == retry.tries:
                     raise
-            await self._sleep(backoff_ms * 2**attempt * self._random.uniform(0.5, 1.5) / 1000)
-        raise ValueError("tries must be at least 1")
+            await self._sleep(retry.wait_ms(attempt, self._random) / 1000)
+
+    async def _settle(self, tx_id: str, work: Coroutine[Any, Any, None]) -> None:
+        if not self._async_commit:
+            return await work
+        task = asyncio.create_task(work)
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+        self.recovery.settling(tx_id, task)
+        if len(self._settling) > _SETTLING_AT_MOST:
+            await task
+
+    async def drain(self) -> None:
+        """Wait until the records of every transaction committed so far are settled, and recoveries have ended."""
+        while self._settling:
+            await asyncio.wait(self._settling)
+        await self.recovery.drain()
 
     async def close(self) -> None:
-        """Wait for recoveries under way. The storage stays open: it is the caller's."""
-        await self.recovery.drain()
+        """Finish what is under way. The storage stays open: it is the caller's."""
+        await self.drain()
+        if self._journal is not None:
+            await self._journal.close()

@@ -153,12 +153,14 @@ class ParticipantTransaction:
         partitions under SERIALIZABLE and the storage may lag behind there (`StorageInfo`).
         """
         layout, scan = self._open_scan(scan)
-        read = self._snapshot.scans.get(scan)
+        read = self._kept(scan)
         if read is None:
             rows = [row async for row in self._committed_rows(layout, scan, page_size_for(scan))]
             complete = not scan.limit or len(rows) < scan.limit
             read = ScanRead(layout, scan, tuple(rows), complete)
-            if self.isolation is not Isolation.READ_COMMITTED:
+            if self._reads_afresh:
+                self._snapshot.remember_rows(layout, rows, latest=True)
+            else:
                 read = self._snapshot.remember_scan(read)
         self._snapshot.check_scan(layout, scan)
         self._snapshot.check_scanned(layout, read.rows)
@@ -167,7 +169,7 @@ class ParticipantTransaction:
     def scanner(self, scan: Selection) -> Scanner:
         """Like `scan`, a record at a time; it must be closed before preparing. Only what it returned is validated."""
         layout, scan = self._open_scan(scan)
-        kept = self._snapshot.scans.get(scan)
+        kept = self._kept(scan)
         rows = self._committed_rows(layout, scan, PAGE_SIZE) if kept is None else _replay(kept.rows)
         on_close = self._scanner_closed if kept is None else self._open_scanners.discard
         scanner = Scanner(layout, scan, rows, on_row=self._scanned, on_close=on_close)
@@ -314,7 +316,7 @@ class ParticipantTransaction:
         if self._phase is _Phase.ACTIVE:
             await self._end_reading()
         if self.needs_validation:
-            await validate(self._snapshot, self._storage)
+            await validate(self._snapshot, self._storage, self.tx_id)
         self._validated = True
         await reach("validate.after_records")
 
@@ -382,10 +384,16 @@ class ParticipantTransaction:
 
     def _must_read(self, record_id: RecordId) -> bool:
         """Whether only storage knows how this transaction sees the record now."""
-        if self.isolation is Isolation.READ_COMMITTED:
-            write = self._snapshot.writes.get(record_id)
-            return write is None or not (write.insert or write.deleted)
-        return self._snapshot.needs_reading(record_id)
+        read_again = self._reads_afresh and record_id not in self._snapshot.writes
+        return read_again or self._snapshot.needs_reading(record_id)
+
+    @property
+    def _reads_afresh(self) -> bool:
+        return self.isolation is Isolation.READ_COMMITTED
+
+    def _kept(self, scan: Selection) -> ScanRead | None:
+        """What the same scan has returned before, if that is what it must return again."""
+        return None if self._reads_afresh else self._snapshot.scans.get(scan)
 
     def _open_scan(self, scan: Selection) -> tuple[Layout, Selection]:
         layout = self._open(scan.table)
@@ -412,16 +420,21 @@ class ParticipantTransaction:
 
     async def _read(self, layout: Layout, key: Key) -> None:
         row = await self._storage.get(layout.stored, key)
-        latest = self.isolation is Isolation.READ_COMMITTED
-        self._snapshot.remember_get(layout, key, await self._resolved(layout, key, row), latest=latest)
+        record = await self._resolved(layout, key, row)
+        self._snapshot.remember_get(layout, key, record, latest=self._reads_afresh)
 
     async def _resolved(self, layout: Layout, key: Key, row: Row | None) -> Row | None:
         if row is None or is_committed(row):
             return row
-        if self.isolation is Isolation.READ_COMMITTED:
+        if self._reads_afresh:
+            self._recovered.add((layout.full_name, key))
             return self._recovery.last_committed(layout.stored, key, row, recover=not self._read_only)
-        self._recovered.add((layout.full_name, key))
-        return await self._recovery.resolve(layout.stored, key, row)
+        record = await self._recovery.resolve(layout.stored, key, row)
+        if record is None or record[TX_ID] != row[TX_ID]:
+            # What is stored must change before it agrees with what was read; a PREPARED record that is committed
+            # agrees already, since conditions and validation look at the tx_id.
+            self._recovered.add((layout.full_name, key))
+        return record
 
     async def _committed_rows(self, layout: Layout, scan: Selection, page_size: int) -> AsyncGenerator[Row, None]:
         """The records of a scan as recovery sees them, up to its limit."""
@@ -433,6 +446,8 @@ class ParticipantTransaction:
                 if not is_committed(stored):
                     row = await self._resolved(layout, layout.key_of(stored), stored)
                 if row is None or not all_hold(conditions, row):
+                    if not is_committed(stored):  # Validation will look at its old values, too, while it is in doubt.
+                        self._recovered.add((layout.full_name, layout.key_of(stored)))
                     continue
                 yield row
                 returned += 1
@@ -441,17 +456,19 @@ class ParticipantTransaction:
 
     def _scanned(self, layout: Layout, row: Row) -> None:
         self._snapshot.check_scanned(layout, [row])
-        self._snapshot.remember_rows(layout, [row])
+        self._snapshot.remember_rows(layout, [row], latest=self._reads_afresh)
 
     def _scanner_closed(self, scanner: Scanner) -> None:
         self._open_scanners.discard(scanner)
-        self._snapshot.remember_scanner(scanner.read())
+        if not self._reads_afresh:
+            self._snapshot.remember_scanner(scanner.read())
 
     async def _check(self, layout: Layout, key: Key, condition: WriteCondition | None) -> bool:
         """Whether the record is present (None), or True if `condition` holds, else UnsatisfiedConditionError."""
         if isinstance(condition, If):
             layout.check_conditions(condition.conditions)
-        if self._must_read((layout.full_name, key)):
+        # What was read is not read again, under any isolation: the write may have been worked out from it.
+        if self._snapshot.needs_reading((layout.full_name, key)):
             await self._read(layout, key)
         record = self._snapshot.view(layout, key)
         match condition:
@@ -475,9 +492,12 @@ class ParticipantTransaction:
         await self.pre_read()
         if self._recovered:
             serializable = self.isolation is Isolation.SERIALIZABLE
-            await self._recovery.wait_for(
-                self._recovered if serializable else self._recovered & self._snapshot.writes.keys()
-            )
+            in_the_way = self._recovered if serializable else self._recovered & self._snapshot.writes.keys()
+            if self._reads_afresh:  # Nobody has looked yet whether they can be recovered.
+                writes = [self._snapshot.writes[record_id] for record_id in in_the_way]
+                await in_parallel([self._recovery.recover_record(w.layout.stored, w.key) for w in writes])
+            else:
+                await self._recovery.wait_for(in_the_way)
 
     # -- steps of writing
 
@@ -598,11 +618,18 @@ class Scanner:
         self._on_close = on_close
         self._returned: list[Row] = []
         self._exhausted = False
+        self._failed = False
         self._closed = False
 
     async def one(self) -> Row | None:
         """The next record, None after the last. Raises what `get` raises."""
-        row = await anext(self._rows, None)
+        if self._failed:
+            raise IllegalOperationError(f"a scanner of {self._layout.full_name} has failed before: scan again")
+        try:
+            row = await anext(self._rows, None)
+        except BaseException:
+            self._failed = True  # A generator that has raised would say that there are no more rows.
+            raise
         if row is None:
             self._exhausted = True
             return None

@@ -88,6 +88,7 @@ class RecoveryHandler:
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: dict[RecordId, tuple[str, asyncio.Task[None]]] = {}
         self._first_seen_s: dict[tuple[RecordId, str], float] = {}
+        self._being_settled: dict[str, asyncio.Task[None]] = {}
 
     # -- what a reader asks
 
@@ -125,14 +126,23 @@ class RecoveryHandler:
     def last_committed(self, table: TableSchema, key: Key, stored_row: Row | None, *, recover: bool) -> Row | None:
         """The record that was last seen committed behind a stored row, without asking what was decided since.
 
-        What READ_COMMITTED wants: a transaction that is under way, or whose records are not settled yet, is not
-        seen. `recover` has the record brought to rest in the background.
+        What READ_COMMITTED wants: a transaction that is under way, or that another process has committed but not
+        settled yet, is not seen. `recover` has the record brought to rest in the background.
         """
         if stored_row is None or is_committed(stored_row):
             return stored_row
         if recover:
             self.recover_later([(table, key)])
-        return before_image(layout_of(table), stored_row)
+        layout = layout_of(table)
+        known = self._states.known(cast(str, stored_row[TX_ID]))
+        if known is not None and known.state is TransactionState.COMMITTED:
+            return after_image(layout, stored_row, committed_at_ms=known.created_at_ms)
+        return before_image(layout, stored_row)
+
+    def settling(self, tx_id: str, task: asyncio.Task[None]) -> None:
+        """Say that `task` is bringing a transaction's records to rest, so that readers of them need not do it too."""
+        self._being_settled[tx_id] = task
+        task.add_done_callback(lambda done: self._being_settled.pop(tx_id, None))
 
     def recover_later(self, records: Sequence[tuple[TableSchema, Key]]) -> None:
         """Do what `recover_record` does for each of `records`, in the background."""
@@ -240,7 +250,7 @@ class RecoveryHandler:
         running = self._running.get(record_id)
         if running is not None and running[0] == state.tx_id:
             return
-        task = self._in_background(self._settle_quietly(layout, row, state))
+        task = self._being_settled.get(state.tx_id) or self._in_background(self._settle_quietly(layout, row, state))
         self._running[record_id] = (state.tx_id, task)
 
         def forget(task: asyncio.Task[None]) -> None:

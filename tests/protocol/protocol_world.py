@@ -79,6 +79,7 @@ class World:
             storage or self.plain_storage,
             self.clock,
             one_phase_commit=one_phase_commit,
+            async_commit=False,  # Scenarios look at the records right after the commit.
             on_recovered=self.recovered.append,
             sleep=at_once,
         )

@@ -21,6 +21,7 @@ from infra.consensus_commit.errors import (
 )
 from infra.consensus_commit.manager import TransactionManager
 from infra.consensus_commit.metadata import is_transactional, layout_of, transactional
+from infra.consensus_commit.retry import RetryPolicy
 from infra.consensus_commit.snapshot import PendingWrite
 from infra.consensus_commit.transaction import Transaction
 from infra.storage.memory import MemoryStorage
@@ -132,6 +133,7 @@ async def test_a_transaction_larger_than_what_the_storage_takes_at_once_commits_
 
     assert max(len(call.mutations) for call in storage.calls) == 3
     assert await manager.begin().get(ACCOUNT, key(7)) == row(7, 7)
+    await manager.drain()
     assert await manager.recovery.in_doubt(ACCOUNT) == []
     assert len(await storage.partitions(manager.states.table)) == 1, "two phases, though it is one partition"
 
@@ -188,7 +190,7 @@ async def test_run_gives_up_after_its_tries_and_raises_the_conflict(world: World
         await world.commits(lambda other: other.update(ACCOUNT, key(1), {"balance": 2}))
 
     with pytest.raises(TransactionConflictError):
-        await manager.run(always_late, tries=4)
+        await manager.run(always_late, retry=RetryPolicy(tries=4, first_ms=15, jitter=2 / 3))
 
     assert len(waits) == 3
     for attempt, seconds in enumerate(waits):

@@ -492,9 +492,11 @@ async def test_scenario_55_a_one_phase_commit_over_a_record_not_yet_rolled_forwa
     """What was read is decided, though its record still says PREPARED because the recovery was not served."""
     await world.given({1: 10})
     await world.orphan(lambda dead: dead.update(ACCOUNT, key(1), {"balance": 20}), COMMITTED)
-    transaction = world.process(world.storage, one_phase_commit=True).begin()
+    process = world.process(world.storage, one_phase_commit=True)
+    transaction = process.begin()
     world.storage.fail(Kind.UNAVAILABLE, writes_to(STORED_ACCOUNT))
     assert await transaction.get(ACCOUNT, key(1)) == row(1, 20)
+    await process.drain()
     await transaction.update(ACCOUNT, key(1), {"balance": 21})
 
     await transaction.commit()
@@ -576,6 +578,8 @@ async def test_scenario_56_a_rollback_restores_what_was_committed_though_it_stil
     earlier = await world.orphan(lambda dead: dead.update(ACCOUNT, key(1), {"balance": 20}), COMMITTED)
     participant = world.participant(storage=world.storage)
     world.storage.fail(Kind.UNAVAILABLE, writes_to(STORED_ACCOUNT))
+    assert await participant.get(ACCOUNT, key(1)) == row(1, 20)
+    await asyncio.sleep(0)  # The recovery in the background takes the fault.
     await participant.update(ACCOUNT, key(1), {"balance": 21})
     state = await world.state(earlier)
     assert state is not None
