@@ -13,6 +13,7 @@ import pytest_asyncio
 
 if TYPE_CHECKING:
     from infra.servers.cassandra import LocalCassandra
+    from infra.servers.dynamodb import LocalDynamoDb
     from infra.servers.kafka import LocalKafka
     from tests.end_to_end.harness import System
 
@@ -32,6 +33,15 @@ async def cassandra(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[L
     from tests.servers.cassandra_fixture import running_cassandra
 
     async with running_cassandra(tmp_path_factory.mktemp("cassandra")) as node:
+        yield node
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def dynamodb() -> AsyncIterator[LocalDynamoDb]:
+    """A DynamoDB Local without tables; tests make tables or items of their own on it, and leave it running."""
+    from tests.servers.dynamodb_fixture import running_dynamodb
+
+    async with running_dynamodb() as node:
         yield node
 
 

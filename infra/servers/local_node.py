@@ -337,8 +337,8 @@ class LocalNode(ABC):
 
     def _spawn(self, java: JavaRuntime, archives: Sequence[Path], ports: Mapping[str, int]) -> None:
         assert self._lock_file is not None
-        self._log_offset = self.log_path.stat().st_size if self.log_path.exists() else 0
         (self._directory / "console.log").unlink(missing_ok=True)
+        self._log_offset = self.log_path.stat().st_size if self.log_path.exists() else 0
         self._killed = False
         self._process = spawn(
             [
@@ -399,7 +399,8 @@ class LocalNode(ABC):
     def _died(self, message: str) -> ServerError:
         """What this run left in its logs, as an error."""
         lines = []
-        for path, offset in ((self.log_path, self._log_offset), (self._directory / "console.log", 0)):
+        logs = {self.log_path: self._log_offset, self._directory / "console.log": 0}  # they may be the same file
+        for path, offset in logs.items():
             with contextlib.suppress(OSError), path.open("rb") as file:
                 if path.stat().st_size >= offset:  # else it was rotated, and all of it is new
                     file.seek(offset)
