@@ -28,7 +28,7 @@ from typing import Any, TypeAlias, cast
 from infra.consensus_commit.errors import IllegalOperationError
 from infra.consensus_commit.metadata import Layout
 from infra.storage.conditions import all_hold
-from infra.storage.operations import Bound, IndexScan, Key, Row, Scan, ScanAll, Selection, Value
+from infra.storage.operations import Bound, ColumnCondition, IndexScan, Key, Row, Scan, ScanAll, Selection, Value
 
 RecordId: TypeAlias = tuple[str, Key]
 """A table's full name and a key."""
@@ -89,13 +89,11 @@ class Snapshot:
     def remember_get(self, layout: Layout, key: Key, record: Row | None, *, latest: bool = False) -> None:
         """Keep the outcome of reading one record by key, unless an earlier read of it was kept.
 
-        `latest` (READ_COMMITTED): it takes the place of an earlier one, and a write will be conditional on it.
+        `latest` (READ_COMMITTED): it takes the place of an earlier one, unless the record has been written since: what
+        was written may have been worked out from that one, so the write stays conditional on it.
         """
         record_id = (layout.full_name, key)
-        if latest:
-            self.reads[record_id] = record
-        else:
-            self.reads.setdefault(record_id, record)
+        self._remember(record_id, record, latest=latest)
         self.gets[record_id] = layout
 
     def remember_scan(self, read: ScanRead) -> ScanRead:
@@ -112,10 +110,10 @@ class Snapshot:
         if read.complete:
             self.scans.setdefault(read.scan, read)
 
-    def remember_rows(self, layout: Layout, rows: Iterable[Row]) -> None:
-        """Keep rows that a scan found, each unless an earlier read of it was kept."""
+    def remember_rows(self, layout: Layout, rows: Iterable[Row], *, latest: bool = False) -> None:
+        """Keep rows that a scan found, as `remember_get` keeps records."""
         for row in rows:
-            self.reads.setdefault((layout.full_name, layout.key_of(row)), row)
+            self._remember((layout.full_name, layout.key_of(row)), row, latest=latest)
 
     def view(self, layout: Layout, key: Key) -> Row | None:
         """The record as this transaction sees it: what it has written over what it has read."""
@@ -219,25 +217,35 @@ class Snapshot:
     def _may_cover(self, scan: Selection, write: PendingWrite) -> bool:
         match scan:
             case Scan():
-                return covers(scan, write.key)
+                reached = covers(scan, write.key)
             case IndexScan():
                 # One that has the value already is returned, and refused then.
-                return write.columns is not None and write.columns.get(scan.column) == scan.value
+                reached = write.columns is not None and write.columns.get(scan.column) == scan.value
             case ScanAll():
-                view = self.view(write.layout, write.key)
-                if view is None or (self.needs_reading(write.id) and not _is_known(scan, write)):
-                    return True
-                return all_hold(scan.where, view)
+                reached = True
+        return reached and self._may_meet(scan.where, write)
+
+    def _may_meet(self, where: tuple[ColumnCondition, ...], write: PendingWrite) -> bool:
+        view = self.view(write.layout, write.key)
+        if view is None or (self.needs_reading(write.id) and not _is_known(where, write)):
+            return True
+        return all_hold(where, view)
+
+    def _remember(self, record_id: RecordId, record: Row | None, *, latest: bool) -> None:
+        if latest and record_id not in self.writes:
+            self.reads[record_id] = record
+        else:
+            self.reads.setdefault(record_id, record)
 
     def _write(self, record_id: RecordId, write: PendingWrite) -> None:
         self._undo.append((record_id, self.writes.get(record_id)))
         self.writes[record_id] = write
 
 
-def _is_known(scan: ScanAll, write: PendingWrite) -> bool:
-    """Whether every column that `scan` looks at is written or belongs to the key."""
+def _is_known(where: tuple[ColumnCondition, ...], write: PendingWrite) -> bool:
+    """Whether every column that `where` looks at is written or belongs to the key."""
     known = {*(write.columns or ()), *write.layout.stored.key_columns}
-    return all(condition.column in known for condition in scan.where)
+    return all(condition.column in known for condition in where)
 
 
 def covers(scan: Scan, key: Key) -> bool:

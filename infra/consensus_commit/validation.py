@@ -1,9 +1,14 @@
 """Is everything that a transaction relied on still so? (ScalarDB's EXTRA_READ validation, for SERIALIZABLE.)
 
 After every record is prepared and before the state is committed, whatever was read but not written is read again and
-compared by `tx_id`: presence and absence of records, and the ordered results of scans. What the transaction itself has
-written is left out, since preparing checked it. A record that another transaction has meanwhile prepared carries that
-one's `tx_id` and so counts as changed: of two transactions that read what the other writes, at least one is refused.
+compared by `tx_id`: presence and absence of records, and the ordered results of scans. A record that another
+transaction has meanwhile prepared carries that one's `tx_id` and so counts as changed: of two transactions that read
+what the other writes, at least one is refused.
+
+Records read by key that the transaction has written are left out: preparing checked them. In a scan they count as
+they were before, since a scan may have missed what the write then found. A record that another has prepared counts if
+its new or its old values meet the scan's conditions: whichever of them will hold, the scan must have seen it. (ScalarDB
+leaves out the one, and looks for the other in indexes only.)
 
 Reads records; writes nothing.
 """
@@ -11,19 +16,19 @@ Reads records; writes nothing.
 from __future__ import annotations
 
 from infra.consensus_commit.errors import ValidationConflictError
-from infra.consensus_commit.metadata import TX_ID, Layout
+from infra.consensus_commit.metadata import TX_ID, Layout, before_image, is_committed
 from infra.consensus_commit.parallel import in_parallel
 from infra.consensus_commit.scanning import PAGE_SIZE, conditions_of, stored_pages
 from infra.consensus_commit.snapshot import RecordId, ScanRead, Snapshot
 from infra.storage.conditions import all_hold
-from infra.storage.operations import Row, Value
+from infra.storage.operations import ColumnCondition, Row, Value
 from infra.storage.port import Storage
 
 
-async def validate(snapshot: Snapshot, storage: Storage) -> None:
-    """Raises ValidationConflictError if a read of `snapshot` would come out differently now."""
+async def validate(snapshot: Snapshot, storage: Storage, tx_id: str) -> None:
+    """Raises ValidationConflictError if a read of `snapshot`, transaction `tx_id`'s, would come out differently now."""
     checks = [_validate_get(snapshot, storage, record_id, layout) for record_id, layout in snapshot.gets_to_validate()]
-    checks += [_validate_scan(snapshot, storage, read) for read in snapshot.scans_to_validate()]
+    checks += [_validate_scan(storage, read, tx_id) for read in snapshot.scans_to_validate()]
     await in_parallel(checks)
 
 
@@ -35,22 +40,22 @@ async def _validate_get(snapshot: Snapshot, storage: Storage, record_id: RecordI
         raise ValidationConflictError(f"{layout.full_name} {key} has changed since it was read")
 
 
-async def _validate_scan(snapshot: Snapshot, storage: Storage, read: ScanRead) -> None:
-    expected = [entry for row in read.rows if (entry := _entry(snapshot, read.layout, row)) is not None]
+async def _validate_scan(storage: Storage, read: ScanRead, tx_id: str) -> None:
+    expected = [_entry(read.layout, row) for row in read.rows]
     # Enough rows to see one more than expected, if nothing of it is our own; further pages come only if needed.
     page_size = 0 if read.complete else min(len(read.rows) or 1, PAGE_SIZE)
     conditions = conditions_of(read.scan)
     matched = 0
     async for rows in stored_pages(storage, read.layout, read.scan, page_size):
         for row in rows:
-            entry = _entry(snapshot, read.layout, row)
-            if entry is None or not all_hold(conditions, row):
+            found = _found(read.layout, row, conditions, tx_id)
+            if found is None:
                 continue
             if matched == len(expected):
                 if read.complete:
                     raise _changed(read)
                 return
-            if entry != expected[matched]:
+            if _entry(read.layout, found) != expected[matched]:
                 raise _changed(read)
             matched += 1
         if matched == len(expected) and not read.complete:
@@ -59,10 +64,20 @@ async def _validate_scan(snapshot: Snapshot, storage: Storage, read: ScanRead) -
         raise _changed(read)
 
 
-def _entry(snapshot: Snapshot, layout: Layout, row: Row) -> tuple[RecordId, Value] | None:
-    """What is compared of a row; None if this transaction has written it."""
-    record_id = (layout.full_name, layout.key_of(row))
-    return None if record_id in snapshot.writes else (record_id, row[TX_ID])
+def _found(layout: Layout, row: Row, conditions: tuple[ColumnCondition, ...], tx_id: str) -> Row | None:
+    """What of a stored row counts in a scan with `conditions`, now that transaction `tx_id` has prepared its writes."""
+    if is_committed(row):
+        return row if all_hold(conditions, row) else None
+    before = before_image(layout, row)
+    matched_before = before is not None and all_hold(conditions, before)
+    if row[TX_ID] == tx_id:
+        return before if matched_before else None
+    return row if matched_before or all_hold(conditions, row) else None
+
+
+def _entry(layout: Layout, row: Row) -> tuple[RecordId, Value]:
+    """What is compared of a row."""
+    return (layout.full_name, layout.key_of(row)), row[TX_ID]
 
 
 def _changed(read: ScanRead) -> ValidationConflictError:

@@ -1,7 +1,4 @@
-"""Scenarios 1 to 6: what a transaction reads when nobody disturbs the records.
-
-Index reads, scans of all partitions and READ_COMMITTED are not in the engine yet.
-"""
+"""Scenarios 1 to 6: what a transaction reads when nobody leaves records in doubt."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from protocol_world import ABORTED, ACCOUNT, COMMITTED, World, key, row, whole
 from infra.consensus_commit.errors import IllegalOperationError, ValidationConflictError
 from infra.consensus_commit.states import Isolation, TransactionState
 from infra.consensus_commit.transaction import Transaction
-from infra.storage.operations import Bound, ColumnCondition, Operator, Row, Scan
+from infra.storage.operations import Bound, ColumnCondition, Operator, Row, Scan, ScanAll, Selection
 
 EVERY_SCAN = {
     "whole": whole(),
@@ -38,17 +35,24 @@ async def test_scenario_02_an_absent_record_is_read_as_none(world: World) -> Non
 
 
 @pytest.mark.parametrize("isolation", list(Isolation))
-async def test_scenario_03_a_repeated_get_is_not_disturbed_by_anothers_commit(
+async def test_scenario_03_a_repeated_get_sees_anothers_commit_under_read_committed_only(
     world: World, isolation: Isolation
 ) -> None:
     await world.given({1: 10})
     transaction = world.begin(isolation)
-    first = await transaction.get(ACCOUNT, key(1))
+    assert await transaction.get(ACCOUNT, key(1)) == row(1, 10)
 
     await world.commits(lambda other: other.update(ACCOUNT, key(1), {"balance": 11}))
 
-    assert await transaction.get(ACCOUNT, key(1)) == first == row(1, 10)
-    if isolation is Isolation.SERIALIZABLE:
+    afresh = isolation is Isolation.READ_COMMITTED
+    assert await transaction.get(ACCOUNT, key(1)) == row(1, 11 if afresh else 10)
+    assert await transaction.get_many(ACCOUNT, [key(1)]) == [row(1, 11 if afresh else 10)]
+    await ends(transaction)
+
+
+async def ends(transaction: Transaction) -> None:
+    """Commits, or is refused under SERIALIZABLE, for what was read has changed."""
+    if transaction._participant.isolation is Isolation.SERIALIZABLE:
         with pytest.raises(ValidationConflictError):
             await transaction.commit()
     else:
@@ -81,21 +85,36 @@ async def test_scenario_03_of_two_gets_at_once_the_first_to_be_answered_counts_f
 
 
 @pytest.mark.parametrize("isolation", list(Isolation))
-async def test_scenario_04_a_repeated_scan_is_not_disturbed_by_anothers_insert(
+@pytest.mark.parametrize("scan", [whole(), ScanAll(ACCOUNT)], ids=["partition", "all"])
+async def test_scenario_04_a_repeated_scan_sees_anothers_insert_under_read_committed_only(
+    world: World, isolation: Isolation, scan: Selection
+) -> None:
+    await world.given({1: 10})
+    transaction = world.begin(isolation)
+    assert await transaction.scan(scan) == [row(1, 10)]
+
+    await world.given({2: 20})
+
+    afresh = isolation is Isolation.READ_COMMITTED
+    assert await transaction.scan(scan) == ([row(1, 10), row(2, 20)] if afresh else [row(1, 10)])
+    async with transaction.scanner(scan) as scanner:
+        assert len([record async for record in scanner]) == (2 if afresh else 1)
+    await ends(transaction)
+
+
+@pytest.mark.parametrize("isolation", list(Isolation))
+async def test_scenario_04_a_scan_after_the_same_scanner_sees_anothers_insert_under_read_committed_only(
     world: World, isolation: Isolation
 ) -> None:
     await world.given({1: 10})
     transaction = world.begin(isolation)
-    first = await transaction.scan(whole())
+    async with transaction.scanner(whole()) as scanner:
+        assert [record async for record in scanner] == [row(1, 10)]
 
     await world.given({2: 20})
 
-    assert await transaction.scan(whole()) == first == [row(1, 10)]
-    if isolation is Isolation.SERIALIZABLE:
-        with pytest.raises(ValidationConflictError):
-            await transaction.commit()
-    else:
-        await transaction.commit()
+    assert len(await transaction.scan(whole())) == (2 if isolation is Isolation.READ_COMMITTED else 1)
+    await ends(transaction)
 
 
 @pytest.mark.parametrize("scan", EVERY_SCAN.values(), ids=EVERY_SCAN.keys())
