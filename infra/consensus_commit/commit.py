@@ -25,7 +25,7 @@ from infra.consensus_commit.journal import Journal
 from infra.consensus_commit.parallel import in_parallel
 from infra.consensus_commit.participant import ParticipantTransaction
 from infra.consensus_commit.states import TransactionState
-from infra.storage.errors import UnavailableStorageError
+from infra.storage.errors import StorageError, UnavailableStorageError
 
 logger = logging.getLogger(__name__)
 
@@ -148,11 +148,20 @@ async def _rollback_records(writers: Sequence[ParticipantTransaction]) -> bool:
 async def _abort(
     tx_id: str, writers: Sequence[ParticipantTransaction], states: CoordinatorStates, journal: Journal | None
 ) -> None:
-    """Put ABORTED, then roll back. If the put is not answered, its error says so and nothing is rolled back."""
+    """Put ABORTED, then roll back. If the put is not answered, its error says so and nothing is rolled back.
+
+    Once every record was seen rolled back, no write of this transaction can be under way any more: with a journal,
+    which says that nobody else writes under its id, the ABORTED row is then forgotten (rule 8).
+    """
     winner = await states.abort_state(tx_id)
     assert winner.state is TransactionState.ABORTED, f"{tx_id} was committed by somebody else, and only we may"
     if await _rollback_records(writers) and journal is not None:
-        journal.settled(tx_id)
+        try:
+            await states.forget(winner)
+        except StorageError as error:
+            logger.warning("the ABORTED row of %s stays for the sweeper: %s", tx_id, error)
+        else:
+            journal.settled(tx_id)
 
 
 def _fits_one_phase(participants: Sequence[ParticipantTransaction], writers: Sequence[ParticipantTransaction]) -> bool:

@@ -254,6 +254,7 @@ class CoordinatorStates:
         removes it last, so that one without intent at that point has been settled. Storage errors pass through;
         pruning again is harmless.
         """
+        await self._adopt()
         cutoff_ms = self._clock.now_ms() - older_than_ms
         tx_ids = [cast(str, partition[0]) for partition in await self._storage.partitions(self.table)]
         old: list[StateRow] = []
@@ -290,6 +291,7 @@ class CoordinatorStates:
         For an ABORTED one that is so when no write of its transaction can be under way any more (rule 8): the caller
         has every participant's word, or knows their processes gone. Storage errors pass through.
         """
+        await self._adopt()
         self._known.pop(state.tx_id, None)
         still = If((ColumnCondition("tx_state", Operator.EQ, state.state.value),))
         try:
