@@ -26,6 +26,7 @@ from infra.consensus_commit.retry import RetryPolicy
 from infra.consensus_commit.states import Isolation
 from infra.consensus_commit.sweeper import Sweeper
 from infra.consensus_commit.transaction import Transaction
+from infra.storage.gate import PartitionGate
 from infra.storage.operations import TableSchema
 from infra.storage.port import Storage
 
@@ -60,6 +61,8 @@ class TransactionManager:
         randomness: random.Random | None = None,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
+        # One conditional batch at a time into a unit, where the storage does not see to it itself (rule 9).
+        storage = storage if isinstance(storage, PartitionGate) else PartitionGate(storage)
         self._storage = storage
         self._clock = clock or SystemClock()
         self._one_phase_commit = one_phase_commit
