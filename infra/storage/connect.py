@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tomllib
+import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from urllib.parse import SplitResult, unquote, urlsplit
+from typing import Any
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from infra.storage.errors import InvalidOperationError
 from infra.storage.port import Storage

@@ -1,0 +1,427 @@
+"""The driver's session, for one event loop at a time.
+
+The driver runs a thread of its own and answers through callbacks. Here a request is sent from the event loop (which
+never waits for it: the bytes go into the driver's buffer), and its answer comes back to the loop through a queue that
+the driver's thread fills. What does block (connecting, preparing, closing) runs on a thread of this object.
+
+    permits     at most `max_in_flight` requests are outstanding; a permit returns with the driver's answer, which may
+                come after its caller was cancelled
+    retries     none, and no speculative execution: the driver passes every error on (FallthroughRetryPolicy). It only
+                tries another node for what it could not send at all, and prepares a statement anew that a node forgot
+    routing     to the first replica of a partition, always in the same order, so that one node leads its Paxos rounds
+    tables      changes go through one node as long as it lives, the one with the smallest address: two clients that
+                create a table at once must not do it on two nodes. The answer waits until all nodes agree
+
+Never here: what the statements mean. A session does not survive a fork and cannot be pickled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from cassandra import ConsistencyLevel, InvalidRequest, Unauthorized
+from cassandra.cluster import EXEC_PROFILE_DEFAULT, Cluster, ExecutionProfile, ResponseFuture, ResultSet, Session
+from cassandra.policies import (
+    ConstantReconnectionPolicy,
+    DCAwareRoundRobinPolicy,
+    FallthroughRetryPolicy,
+    TokenAwarePolicy,
+)
+from cassandra.query import BatchStatement, BatchType, BoundStatement, SimpleStatement, tuple_factory
+
+from infra.storage.cassandra_errors import connect_error, read_error, write_error
+from infra.storage.cassandra_statements import Statement
+from infra.storage.errors import InvalidOperationError, UnavailableStorageError
+
+logger = logging.getLogger(__name__)
+
+MAX_PREPARED_STATEMENTS = 2_000
+_RECONNECT_DELAY_S = 0.5
+_ADMINISTRATION_TIMEOUT_S = 60.0
+_SCHEMA_AGREEMENT_WAIT_S = 30
+_SYNC_SETTING = "SELECT value FROM system_views.settings WHERE name = 'commitlog_sync'"
+
+Rows = list[tuple[Any, ...]]
+
+
+class Page(NamedTuple):
+    """Rows, and where the next page begins; None after the last one."""
+
+    rows: Rows
+    next_page: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSettings:
+    """How to reach a cluster; `CassandraStorage` explains them."""
+
+    contact_points: tuple[str, ...]
+    port: int
+    local_dc: str | None
+    auth_provider: Any
+    ssl_context: Any
+    request_timeout_s: float
+    max_in_flight: int
+    protocol_version: int
+
+    @property
+    def where(self) -> str:
+        return f"Cassandra at {', '.join(self.contact_points)} (port {self.port})"
+
+
+@dataclass
+class _LoopSide:
+    """What belongs to one event loop."""
+
+    loop: asyncio.AbstractEventLoop
+    permits: asyncio.Semaphore
+    connecting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    preparing: dict[str, asyncio.Future[Any]] = field(default_factory=dict)
+    answers: deque[Callable[[], None]] = field(default_factory=deque)
+    woken: bool = False
+
+    def post(self, answer: Callable[[], None]) -> None:
+        """Run `answer` on the loop, soon; called from any thread. Many at once wake the loop once."""
+        self.answers.append(answer)
+        if not self.woken:
+            self.woken = True
+            try:
+                self.loop.call_soon_threadsafe(self._drain)
+            except RuntimeError:  # The loop was closed, and whoever waited with it.
+                self.woken = False
+
+    def _drain(self) -> None:
+        self.woken = False  # Before the queue is emptied: what comes after it wakes the loop again.
+        while self.answers:
+            self.answers.popleft()()
+
+
+class CassandraSession:
+    """Sends statements and gives their rows. Connects at the first call."""
+
+    def __init__(self, settings: SessionSettings) -> None:
+        self._settings = settings
+        self._cluster: Cluster | None = None
+        self._session: Session | None = None
+        self._side: _LoopSide | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        self._prepared: OrderedDict[str, Any] = OrderedDict()
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._warned = False
+        self._closed = False
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were sent and not answered."""
+        return self._in_flight
+
+    # -- statements
+
+    async def read(
+        self,
+        statement: Statement,
+        what: str,
+        *,
+        consistency: int,
+        page_size: int | None = None,
+        page: bytes | None = None,
+    ) -> Page:
+        """One page of rows. Raises UnavailableStorageError, or InvalidOperationError for what the server refuses."""
+        bound = await self._bound(statement, what)
+        bound.consistency_level = consistency
+        if page_size is not None:
+            bound.fetch_size = page_size
+        return await self._send(bound, lambda error, _sent: read_error(error, what), paging_state=page)
+
+    async def write(self, statements: Sequence[Statement], what: str) -> bool:
+        """Execute statements of one partition, all or none; False if a condition did not hold.
+
+        Raises what `cassandra_errors` says.
+        """
+        conditional = any(statement.conditional for statement in statements)
+        bound = [await self._bound(statement, what) for statement in statements]
+        if len(bound) == 1:
+            request = bound[0]
+        else:
+            request = BatchStatement(BatchType.LOGGED)
+            for one in bound:
+                request.add(one)
+        request.consistency_level = ConsistencyLevel.QUORUM
+        if conditional:
+            request.serial_consistency_level = ConsistencyLevel.SERIAL
+        answer = await self._send(
+            request, lambda error, sent: write_error(error, what, conditional=conditional, sent=sent)
+        )
+        return not conditional or bool(answer.rows[0][0])  # The first column is "[applied]".
+
+    async def administer(self, cql: str, what: str, parameters: tuple[Any, ...] = ()) -> Rows:
+        """Execute a statement about tables, or read the schema, on the node that is asked for all of them."""
+        session = await self._connected()
+        statement: Any = SimpleStatement(cql)
+        if parameters:
+            statement = (await self._prepare(cql, what)).bind(parameters)
+        statement.consistency_level = ConsistencyLevel.QUORUM if parameters else ConsistencyLevel.ONE
+        hosts = [host for host in session.cluster.metadata.all_hosts() if host.is_up is not False]
+        host = min(hosts, key=lambda host: str(host.endpoint), default=None)
+        rows: Rows = []
+        page: bytes | None = None
+        while True:
+            answer = await self._send(
+                statement,
+                lambda error, _sent: read_error(error, what),
+                paging_state=page,
+                host=host,
+                timeout_s=_ADMINISTRATION_TIMEOUT_S,
+            )
+            rows += answer.rows
+            page = answer.next_page
+            if page is None:
+                return rows
+
+    def forget(self, name: str) -> None:
+        """Drop prepared statements that mention `name`, whose table is not what it was."""
+        for cql in [cql for cql in self._prepared if name in cql]:
+            del self._prepared[cql]
+
+    async def live_nodes(self) -> Mapping[str, int]:
+        """How many nodes of each data centre are up, as far as the driver knows."""
+        session = await self._connected()
+        live: dict[str, int] = {}
+        for host in session.cluster.metadata.all_hosts():
+            if host.is_up is not False:
+                live[host.datacenter] = live.get(host.datacenter, 0) + 1
+        return live
+
+    async def on_every_node(self, cql: str, what: str) -> list[Rows]:
+        """The rows that each live node answers by itself."""
+        session = await self._connected()
+        answers = []
+        for host in session.cluster.metadata.all_hosts():
+            if host.is_up is not False:
+                statement = SimpleStatement(cql, consistency_level=ConsistencyLevel.ONE)
+                answer = await self._send(statement, lambda error, _sent: read_error(error, what), host=host)
+                answers.append(answer.rows)
+        return answers
+
+    async def close(self) -> None:
+        """Wait for what is outstanding, then close every connection."""
+        self._closed = True
+        await self._idle.wait()
+        cluster, self._cluster, self._session = self._cluster, None, None
+        if cluster is not None:
+            await self._in_thread(cluster.shutdown)
+        if self._threads is not None:
+            self._threads.shutdown(wait=False)
+            self._threads = None
+
+    # -- connecting
+
+    async def _connected(self) -> Session:
+        if self._session is not None:
+            return self._session
+        if self._closed:
+            raise InvalidOperationError("this storage was closed")
+        side = self._loop_side()
+        async with side.connecting:
+            if self._session is None:
+                cluster, session = await self._in_thread(self._connect)
+                try:
+                    await self._check_durability(session)
+                except BaseException:
+                    await self._in_thread(cluster.shutdown)
+                    raise
+                self._cluster, self._session = cluster, session
+        return self._session
+
+    def _connect(self) -> tuple[Cluster, Session]:
+        settings = self._settings
+        replicas_first = TokenAwarePolicy(DCAwareRoundRobinPolicy(settings.local_dc or ""), shuffle_replicas=False)
+        profile = ExecutionProfile(
+            load_balancing_policy=replicas_first,
+            retry_policy=FallthroughRetryPolicy(),
+            consistency_level=ConsistencyLevel.QUORUM,
+            serial_consistency_level=ConsistencyLevel.SERIAL,
+            request_timeout=settings.request_timeout_s,
+            row_factory=tuple_factory,
+        )
+        cluster = None
+        try:
+            cluster = Cluster(
+                settings.contact_points,
+                port=settings.port,
+                execution_profiles={EXEC_PROFILE_DEFAULT: profile},
+                auth_provider=settings.auth_provider,
+                ssl_context=settings.ssl_context,
+                protocol_version=settings.protocol_version,
+                reconnection_policy=ConstantReconnectionPolicy(_RECONNECT_DELAY_S, max_attempts=None),
+                max_schema_agreement_wait=_SCHEMA_AGREEMENT_WAIT_S,
+                connect_timeout=settings.request_timeout_s,
+                control_connection_timeout=settings.request_timeout_s,
+            )
+            session = cluster.connect()
+        except Exception as error:
+            if cluster is not None:
+                self._refuse_unknown_data_centre(cluster)
+                cluster.shutdown()
+            raise connect_error(error, settings.where) from error
+        # Plain writes take the server's timestamps: Paxos takes its ballots from the same clock, and clients disagree.
+        session.use_client_timestamp = False
+        return cluster, session
+
+    def _refuse_unknown_data_centre(self, cluster: Cluster) -> None:
+        local_dc = self._settings.local_dc
+        centres = {str(host.datacenter) for host in cluster.metadata.all_hosts() if host.datacenter}
+        if local_dc and centres and local_dc not in centres:
+            cluster.shutdown()
+            raise UnavailableStorageError(
+                f"{self._settings.where} has no data centre {local_dc!r}",
+                remedy=f"set local_dc to one of {', '.join(sorted(centres))}",
+            )
+
+    async def _check_durability(self, session: Session) -> None:
+        """Refuse nodes that answer writes before they are on the disk."""
+        for host in session.cluster.metadata.all_hosts():
+            if host.is_up is False:
+                continue
+            statement = SimpleStatement(_SYNC_SETTING, consistency_level=ConsistencyLevel.ONE)
+            try:
+                answer = await self._send(
+                    statement, lambda error, _sent: _Unreadable(error), host=host, session=session
+                )
+                value = str(answer.rows[0][0]) if answer.rows else "unknown"
+            except _Unreadable as unreadable:
+                if not isinstance(unreadable.error, InvalidRequest | Unauthorized):
+                    raise connect_error(unreadable.error, self._settings.where) from unreadable.error
+                value = "unknown"
+            if value == "periodic":
+                raise UnavailableStorageError(
+                    f"the node {host.endpoint} has commitlog_sync: periodic, so that it answers writes which a power"
+                    " failure can still take back",
+                    remedy="set commitlog_sync to batch or group in the cassandra.yaml of every node and restart it",
+                )
+            if value == "unknown" and not self._warned:
+                self._warned = True
+                logger.warning(
+                    "%s does not let its setting commitlog_sync be read: see that it is batch or group on every node",
+                    self._settings.where,
+                )
+
+    # -- sending
+
+    async def _bound(self, statement: Statement, what: str) -> BoundStatement:
+        prepared = self._prepared.get(statement.cql)
+        if prepared is None:
+            prepared = await self._prepare(statement.cql, what)
+        return BoundStatement(prepared).bind(statement.parameters)
+
+    async def _prepare(self, cql: str, what: str) -> Any:
+        """The prepared statement, prepared by one caller however many wait for it."""
+        found = self._prepared.get(cql)
+        if found is not None:
+            self._prepared.move_to_end(cql)
+            return found
+        session = await self._connected()
+        side = self._loop_side()
+        waiting = side.preparing.get(cql)
+        if waiting is None:
+            waiting = side.preparing[cql] = asyncio.ensure_future(self._in_thread(session.prepare, cql))
+            waiting.add_done_callback(lambda _done: side.preparing.pop(cql, None))
+        try:
+            prepared = await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # Nothing but the statement's text was sent.
+            raise read_error(error, what) from error
+        self._prepared[cql] = prepared
+        while len(self._prepared) > MAX_PREPARED_STATEMENTS:
+            self._prepared.popitem(last=False)
+        return prepared
+
+    async def _send(
+        self,
+        request: Any,
+        translated: Callable[[Exception, bool], Exception],
+        *,
+        paging_state: bytes | None = None,
+        host: Any = None,
+        timeout_s: float | None = None,
+        session: Session | None = None,
+    ) -> Page:
+        if session is None:
+            session = await self._connected()
+        side = self._loop_side()
+        await side.permits.acquire()
+        if self._closed and session is self._session:
+            side.permits.release()
+            raise InvalidOperationError("this storage was closed")
+        answer: asyncio.Future[Page] = side.loop.create_future()
+        self._began()
+
+        def settle(page: Page | None, error: Exception | None) -> None:
+            self._ended(side)
+            if answer.done():  # Its caller was cancelled.
+                return
+            if error is not None:
+                answer.set_exception(error)
+            elif page is not None:
+                answer.set_result(page)
+
+        def on_rows(rows: Any, response: ResponseFuture) -> None:
+            page = Page(rows or [], ResultSet(response, rows or []).paging_state)
+            side.post(lambda: settle(page, None))
+
+        def on_error(error: Exception, response: ResponseFuture) -> None:
+            failure = translated(error, bool(response.attempted_hosts))
+            failure.__cause__ = error
+            side.post(lambda: settle(None, failure))
+
+        try:
+            timeout: dict[str, float] = {} if timeout_s is None else {"timeout": timeout_s}
+            response = session.execute_async(request, paging_state=paging_state, host=host, **timeout)
+            response.add_callbacks(on_rows, on_error, callback_args=(response,), errback_args=(response,))
+        except Exception as error:  # The driver could not even begin.
+            self._ended(side)
+            raise translated(error, False) from error
+        return await answer
+
+    def _began(self) -> None:
+        self._in_flight += 1
+        self._idle.clear()
+
+    def _ended(self, side: _LoopSide) -> None:
+        side.permits.release()
+        if side is not self._side:  # An answer for a loop that is no more ours; it was counted there.
+            return
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._idle.set()
+
+    def _loop_side(self) -> _LoopSide:
+        loop = asyncio.get_running_loop()
+        if self._side is None or self._side.loop is not loop:
+            self._side = _LoopSide(loop, asyncio.Semaphore(self._settings.max_in_flight))
+            self._in_flight = 0
+            self._idle = asyncio.Event()
+            self._idle.set()
+        return self._side
+
+    async def _in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="cassandra")
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+
+class _Unreadable(Exception):
+    """A node did not tell its setting."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
