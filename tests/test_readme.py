@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,31 @@ def test_the_example_of_the_engine_alone_runs(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=60)
 
     assert done.stdout == "in both accounts: 100\n", done.stderr
+
+
+GUIDE = (ROOT / "infra/consensus_commit/README.md").read_text()
+EXAMPLES = dict(re.findall(r"```python\n# (\w+)\n(.*?)```", GUIDE, re.DOTALL))
+
+
+@pytest.mark.parametrize("storage", ["sqlite", "cassandra"])
+def test_the_examples_of_the_engines_guide_run(storage: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    address = ""
+    if storage == "cassandra":
+        server = request.getfixturevalue("cassandra")
+        address = f"{server.contact_point}:{server.port}"
+    example = EXAMPLES[storage].replace("/var/lib/bank", str(tmp_path)).replace("127.0.0.1:9042", address)
+    # A keyspace of its own: the server is shared with other tests.
+    whole = example + EXAMPLES["any"].replace('"bank"', '"bank_of_the_guide"') + "await storage.close()\n"
+    program = "import asyncio\n\nasync def main():\n" + textwrap.indent(whole, "    ") + "\nasyncio.run(main())\n"
+
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+    assert done.stdout == "[70, 30] 30\n", done.stderr
+
+
+@pytest.mark.parametrize("link", sorted({link for link in re.findall(r"\]\(([^)\s]+)\)", GUIDE) if "://" not in link}))
+def test_every_link_of_the_engines_guide_leads_to_a_file(link: str) -> None:
+    assert (ROOT / "infra/consensus_commit" / link).exists()
 
 
 def test_every_command_of_the_command_line_is_explained() -> None:
