@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import tomllib
 import ssl
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 from infra.storage.errors import InvalidOperationError
 from infra.storage.port import Storage
 
-_FORMS = "use sqlite:///ABSOLUTE/DIRECTORY, multi:///ABSOLUTE/FILE.toml or memory:"
+_FORMS = (
+    "use sqlite:///ABSOLUTE/DIRECTORY, dynamodb://?region=NAME[&endpoint=URL][&prefix=NAME][&units=NUMBER], "
+    "multi:///ABSOLUTE/FILE.toml or memory:"
+)
 
 _MULTI_FORM = """a file for multi: reads
 
@@ -31,7 +34,9 @@ def connect(url: str) -> Storage:
     """The storage that `url` names; nothing is opened or created yet.
 
     `sqlite:///var/lib/concord` keeps one file for each namespace in that directory, `memory:` keeps everything in
-    this process. `multi:///etc/concord/storages.toml` spreads namespaces over several storages as that file says; it
+    this process. `dynamodb://?region=ap-northeast-1` takes whatever AWS tools would take for what it does not name, and
+    credentials from nowhere else; `endpoint` is another place than Amazon's, `prefix` stands before every namespace,
+    `units` is the capacity of new tables (without it they are paid by request). `multi:///etc/concord/storages.toml` spreads namespaces over several storages as that file says; it
     is read at once. Raises InvalidOperationError, which names the accepted forms.
     """
     try:
@@ -59,6 +64,72 @@ def _memory(parts: SplitResult) -> Storage:
     if parts.netloc or parts.path or parts.query or parts.fragment:
         raise InvalidOperationError(f"{parts.geturl()!r}: memory: takes nothing after the colon")
     return MemoryStorage()
+
+
+def _dynamodb(parts: SplitResult) -> Storage:
+    from infra.storage.dynamodb import DynamoDbStorage
+
+    asked = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if parts.netloc or parts.path or parts.fragment or asked.keys() - {"region", "endpoint", "prefix", "units"}:
+        raise InvalidOperationError(f"a dynamodb: URL has nothing but its settings, and no credentials: {_FORMS}")
+    units = asked.get("units")
+    if units is not None and (not units.isdecimal() or not int(units)):
+        raise InvalidOperationError(f"units={units} is no positive number: {_FORMS}")
+    endpoint = asked.get("endpoint")
+    if endpoint is not None and (urlsplit(endpoint).scheme not in ("http", "https") or "@" in endpoint):
+        raise InvalidOperationError(f"the endpoint is no address like http://127.0.0.1:8000: {_FORMS}")
+    return DynamoDbStorage(
+        region=asked.get("region") or None,
+        endpoint=endpoint,
+        prefix=asked.get("prefix", ""),
+        units=None if units is None else int(units),
+    )
+
+
+def _cassandra(parts: SplitResult) -> Storage:
+    from infra.storage.cassandra import DEFAULT_PORT, CassandraStorage
+
+    # The URL may hold a password, so that no message repeats it.
+    if "@" in parts.netloc or parts.path not in ("", "/") or parts.fragment:
+        raise InvalidOperationError(f"a Cassandra URL holds hosts, a port and parameters: {_FORMS}")
+    hosts, ports = [], set()
+    for place in parts.netloc.split(","):
+        try:
+            one = urlsplit(f"//{place}")
+            host, port = one.hostname, one.port
+        except ValueError as error:
+            raise InvalidOperationError(f"{place!r} is no host with a port ({error}): {_FORMS}") from error
+        if not host:
+            raise InvalidOperationError(f"a Cassandra URL names at least one host: {_FORMS}")
+        hosts.append(host)
+        ports |= set() if port is None else {port}
+    if len(ports) > 1:
+        raise InvalidOperationError("all nodes of a Cassandra cluster listen on one port: name it once")
+    options: dict[str, Any] = {}
+    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+        read = _CASSANDRA_PARAMETERS.get(name)
+        if read is None or name in options:
+            known = ", ".join(sorted(_CASSANDRA_PARAMETERS))
+            raise InvalidOperationError(f"{name!r} is there twice, or none of a Cassandra URL's parameters: {known}")
+        try:
+            options[name] = read(value)
+        except (ValueError, OSError) as error:
+            raise InvalidOperationError(f"{name} of a Cassandra URL: {error}") from error
+    ssl_context = options.pop("ssl_ca", None)
+    return CassandraStorage(hosts, next(iter(ports), DEFAULT_PORT), ssl_context=ssl_context, **options)
+
+
+_CASSANDRA_PARAMETERS: Mapping[str, Callable[[str], Any]] = {
+    "local_dc": str,
+    "replication_factor": int,
+    "replication_strategy": str,
+    "compaction_strategy": str,
+    "username": str,
+    "password": str,
+    "request_timeout_s": float,
+    "max_in_flight": int,
+    "ssl_ca": lambda path: ssl.create_default_context(cafile=path),
+}
 
 
 def _multi(parts: SplitResult) -> Storage:
@@ -91,6 +162,7 @@ def _maps_strings(value: object) -> bool:
 
 _ADAPTERS: Mapping[str, Callable[[SplitResult], Storage]] = {
     "sqlite": _sqlite,
+    "dynamodb": _dynamodb,
     "multi": _multi,
     "memory": _memory,
 }
