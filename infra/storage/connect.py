@@ -13,7 +13,8 @@ from infra.storage.errors import InvalidOperationError
 from infra.storage.port import Storage
 
 _FORMS = (
-    "use sqlite:///ABSOLUTE/DIRECTORY, dynamodb://?region=NAME[&endpoint=URL][&prefix=NAME][&units=NUMBER], "
+    "use sqlite:///ABSOLUTE/DIRECTORY, cassandra://HOST[:PORT][,HOST…]/[?local_dc=NAME&replication_factor=NUMBER…], "
+    "dynamodb://?region=NAME[&endpoint=URL][&prefix=NAME][&units=NUMBER], "
     "multi:///ABSOLUTE/FILE.toml or memory:"
 )
 
@@ -34,10 +35,18 @@ def connect(url: str) -> Storage:
     """The storage that `url` names; nothing is opened or created yet.
 
     `sqlite:///var/lib/concord` keeps one file for each namespace in that directory, `memory:` keeps everything in
-    this process. `dynamodb://?region=ap-northeast-1` takes whatever AWS tools would take for what it does not name, and
-    credentials from nowhere else; `endpoint` is another place than Amazon's, `prefix` stands before every namespace,
-    `units` is the capacity of new tables (without it they are paid by request). `multi:///etc/concord/storages.toml` spreads namespaces over several storages as that file says; it
-    is read at once. Raises InvalidOperationError, which names the accepted forms.
+    this process.
+
+    `cassandra://10.0.0.1:9042,10.0.0.2/?local_dc=dc1` is a cluster; its parameters are local_dc, replication_factor,
+    replication_strategy, compaction_strategy, username, password, request_timeout_s, max_in_flight and ssl_ca (the
+    file of the certificates to trust; it turns TLS on).
+
+    `dynamodb://?region=ap-northeast-1` takes whatever AWS tools would take for what it does not name, and credentials
+    from nowhere else; `endpoint` is another place than Amazon's, `prefix` stands before every namespace, `units` is
+    the capacity of new tables (without it they are paid by request).
+
+    `multi:///etc/concord/storages.toml` spreads namespaces over several storages as that file says; it is read at
+    once. Raises InvalidOperationError, which names the accepted forms.
     """
     try:
         parts = urlsplit(url)
@@ -162,6 +171,7 @@ def _maps_strings(value: object) -> bool:
 
 _ADAPTERS: Mapping[str, Callable[[SplitResult], Storage]] = {
     "sqlite": _sqlite,
+    "cassandra": _cassandra,
     "dynamodb": _dynamodb,
     "multi": _multi,
     "memory": _memory,
