@@ -59,9 +59,14 @@ def writes_to(table: TableSchema) -> Matcher:
     return lambda call: call.method == "mutate" and table.full_name in call.tables
 
 
+def gets_of(table: TableSchema) -> Matcher:
+    """Gets of a table."""
+    return lambda call: call.method == "get" and table.full_name in call.tables
+
+
 def reads_of(table: TableSchema) -> Matcher:
-    """Gets and scans of a table."""
-    return lambda call: call.method in ("get", "scan") and table.full_name in call.tables
+    """Gets and scans of a table, of whichever kind."""
+    return lambda call: call.method in ("get", "scan", "pages") and table.full_name in call.tables
 
 
 def following(first: Matcher, then: Matcher) -> Matcher:

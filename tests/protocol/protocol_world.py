@@ -36,6 +36,14 @@ STOCK = TableSchema(
     partition_key=("shelf",),
     clustering_key=("id",),
 )
+INDEXED = TableSchema(
+    "bank",
+    "indexed",
+    ACCOUNT.columns,
+    partition_key=("branch",),
+    clustering_key=("id",),
+    indexes=frozenset({"balance"}),
+)
 TABLES = (ACCOUNT, STOCK)
 
 COMMITTED = TransactionState.COMMITTED
@@ -86,7 +94,7 @@ class World:
 
     async def create(self) -> None:
         await self.manager.create_coordinator_tables()
-        for table in TABLES:
+        for table in (*TABLES, INDEXED):
             await self.manager.create_table(table)
 
     # -- acting
@@ -153,7 +161,7 @@ class World:
     async def everything(self) -> list[Row]:
         """Every stored row of every table, in a fixed order."""
         rows: list[Row] = []
-        for table in TABLES:
+        for table in (*TABLES, INDEXED):
             stored = transactional(table)
             for partition in sorted(await self.plain_storage.partitions(stored), key=str):
                 rows.extend(await self.plain_storage.scan(Scan(stored, partition)))
@@ -175,7 +183,7 @@ class World:
 
     async def in_doubt(self) -> int:
         recovery = self.process().recovery
-        return sum([len(await recovery.in_doubt(table)) for table in TABLES])
+        return sum([len(await recovery.in_doubt(table)) for table in (*TABLES, INDEXED)])
 
     async def settled(self) -> None:
         """Wait until the recoveries of the scenario's own process have ended."""
