@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from infra.servers.cassandra import LocalCassandra
     from infra.servers.dynamodb import LocalDynamoDb
     from infra.servers.kafka import LocalKafka
+    from infra.storage.cassandra import CassandraStorage
+    from infra.storage.dynamodb import DynamoDbStorage
     from tests.end_to_end.harness import System
 
 
@@ -43,6 +45,26 @@ async def dynamodb() -> AsyncIterator[LocalDynamoDb]:
 
     async with running_dynamodb() as node:
         yield node
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def cassandra_storage(cassandra: LocalCassandra) -> AsyncIterator[CassandraStorage]:
+    """The connection to `cassandra` that all tests share; see `tests/storages.py`."""
+    from infra.storage.cassandra import CassandraStorage
+
+    storage = CassandraStorage([cassandra.contact_point], cassandra.port)
+    yield storage
+    await storage.close()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def dynamodb_storage(dynamodb: LocalDynamoDb) -> AsyncIterator[DynamoDbStorage]:
+    """The connection to `dynamodb` that all tests share; see `tests/storages.py`."""
+    from infra.storage.dynamodb import DynamoDbStorage
+
+    storage = DynamoDbStorage(region="us-west-2", endpoint=dynamodb.endpoint_url, credentials=("test", "test"))
+    yield storage
+    await storage.close()
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -4,7 +4,7 @@
     sqlite      files in the test's own directory
     cassandra   one real server for the whole run (fixture `cassandra`)
     dynamodb    one DynamoDB Local for the whole run (fixture `dynamodb`)
-    multi       `bank` in Cassandra, `shop` and what else there is in SQLite, `coordinator` in memory
+    multi       `bank` in Cassandra, `shop` in DynamoDB, `coordinator` and what else there is in SQLite
 
 A test's own storage takes a fixture of two halves, since only a plain fixture may ask for a server by name:
 
@@ -16,6 +16,8 @@ A test's own storage takes a fixture of two halves, since only a plain fixture m
     async def storage(opening):
         async with opening as storage:
             yield storage
+
+`cassandra_storage` and `dynamodb_storage` are one connection each for the whole run.
 
 Tables in a server outlive the test, since making one costs up to a second: `create_table` of one that was made
 before costs nothing. Every test finds them empty, for what it put through its storage is deleted behind it. So tables
@@ -29,6 +31,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +85,16 @@ def _dynamodb(request: pytest.FixtureRequest, tmp_path: Path) -> AbstractAsyncCo
 
 
 def _multi(request: pytest.FixtureRequest, tmp_path: Path) -> AbstractAsyncContextManager[Storage]:
-    bank = request.getfixturevalue("cassandra_storage")
+    bank, shop = request.getfixturevalue("cassandra_storage"), request.getfixturevalue("dynamodb_storage")
 
     @asynccontextmanager
     async def opening() -> AsyncIterator[Storage]:
         from infra.storage.multi import MultiStorage
 
-        shop, coordinator = SqliteStorage(tmp_path), MemoryStorage(atomicity=Atomicity.PARTITION)
-        async with _emptied(bank) as emptied, _closing(shop), _closing(coordinator):
+        async with _emptied(bank) as cassandra, _emptied(shop) as dynamodb, _closing(SqliteStorage(tmp_path)) as sqlite:
             yield MultiStorage(
-                {"cassandra": emptied, "sqlite": shop, "memory": coordinator},
-                {"bank": "cassandra", "coordinator": "memory"},
+                {"cassandra": cassandra, "dynamodb": dynamodb, "sqlite": sqlite},
+                {"bank": "cassandra", "shop": "dynamodb"},
                 default="sqlite",
             )
 
@@ -126,31 +128,51 @@ async def _emptied(storage: Storage) -> AsyncIterator[Storage]:
         await remembering.forget()
 
 
-_created: dict[int, dict[str, TableSchema]] = {}
+@dataclass
+class _Known:
+    """What the tests have learnt about one server: the tables they made, and all there are."""
+
+    created: dict[str, TableSchema] = field(default_factory=dict)
+    tables: list[TableSchema] | None = None
+
+
+_known: dict[int, _Known] = {}
 
 
 class RememberingStorage:
-    """A storage that remembers which tables there are, and which keys were put through it, to delete their rows."""
+    """A storage that remembers which tables there are, and which keys were put through it, to delete their rows.
+
+    `unit`, if set, is the atomic unit that it admits to: a smaller one than it has, where a test wants a transaction
+    to be in several.
+    """
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self._created = _created.setdefault(id(storage), {})
+        self.unit: Atomicity | None = None
+        self._known = _known.setdefault(id(storage), _Known())
         self._touched: dict[tuple[str, Key], TableSchema] = {}
 
     @property
     def info(self) -> StorageInfo:
-        return self.storage.info
+        return self._divided(self.storage.info)
 
     def info_of(self, namespace: str) -> StorageInfo:
-        return self.storage.info_of(namespace)
+        return self._divided(self.storage.info_of(namespace))
+
+    def _divided(self, info: StorageInfo) -> StorageInfo:
+        return info if self.unit is None else replace(info, atomicity=self.unit)
 
     async def create_table(self, table: TableSchema) -> None:
-        if self._created.get(table.full_name) != table:
+        if self._known.created.get(table.full_name) != table:
+            self._known.tables = None
             await self.storage.create_table(table)
-            self._created[table.full_name] = table
+            self._known.created[table.full_name] = table
 
     async def tables(self) -> list[TableSchema]:
-        return await self.storage.tables()
+        """Asked once: only what goes through here changes them, as long as no other process makes tables."""
+        if self._known.tables is None:
+            self._known.tables = await self.storage.tables()
+        return list(self._known.tables)
 
     async def get(self, table: TableSchema, key: Key) -> Row | None:
         return await self.storage.get(table, key)
@@ -191,5 +213,6 @@ class RememberingStorage:
 
     def __getattr__(self, name: str) -> Any:
         """Administration: it changes tables, so none is known any more."""
-        self._created.clear()
+        self._known.created.clear()
+        self._known.tables = None
         return getattr(self.storage, name)

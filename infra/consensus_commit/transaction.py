@@ -16,6 +16,7 @@ from types import TracebackType
 from infra.consensus_commit.errors import IllegalOperationError
 from infra.consensus_commit.participant import ParticipantTransaction, Scanner
 from infra.consensus_commit.snapshot import Savepoint
+from infra.consensus_commit.states import Isolation
 from infra.storage.operations import ColumnCondition, Key, Row, Selection, TableSchema, Value, WriteCondition
 
 
@@ -32,6 +33,10 @@ class Transaction:
     @property
     def tx_id(self) -> str:
         return self._participant.tx_id
+
+    @property
+    def isolation(self) -> Isolation:
+        return self._participant.isolation
 
     async def get(self, table: TableSchema, key: Key, conditions: Sequence[ColumnCondition] = ()) -> Row | None:
         return await self._active().get(table, key, conditions)

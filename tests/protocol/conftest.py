@@ -1,19 +1,71 @@
-"""Every scenario plays on memory (atomic within a partition, as Cassandra is) and on SQLite (within a namespace)."""
+"""The storages that the scenarios play on.
+
+In full on memory (atomic within a partition, as Cassandra is) and on SQLite (within a namespace). On real servers,
+where a statement costs milliseconds, every scenario plays too, but of a test with parameters only some: those that
+`SAMPLES` says, spread over all that it has. `EVERY_STORAGE=1` in the environment plays them all everywhere.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import os
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 from protocol_world import World
 
+from infra.storage.operations import Atomicity
 from infra.storage.port import Storage
-from tests.storages import LOCAL, opened
+from tests.storages import LOCAL, SERVERS, STORAGES, RememberingStorage, opened
+
+SCENARIO = "test_scenario_"
+SAMPLES = {"cassandra": 1, "dynamodb": 1, "multi": 1}
+"""How many cases of each test a server plays."""
+MORE_SAMPLES = {
+    # One with each way to read.
+    "test_scenario_07_a_prepared_record_whose_state_is_committed_is_read_as_its_after_image_and_rolled_forward": 6,
+    "test_scenario_08_a_prepared_record_whose_state_is_aborted_is_read_as_its_before_image_and_rolled_back": 6,
+    "test_scenario_10_an_expired_undecided_record_is_aborted_and_read_as_its_before_image": 6,
+}
 
 
-@pytest.fixture(params=LOCAL)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "opening" in metafunc.fixturenames:
+        everywhere = metafunc.function.__name__.startswith(SCENARIO)
+        metafunc.parametrize("opening", STORAGES if everywhere else LOCAL, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what real servers need not play."""
+    if os.environ.get("EVERY_STORAGE"):
+        return
+    cases: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if isinstance(item, pytest.Function) and item.path.parent == Path(__file__).parent:
+            storage = getattr(item, "callspec", None) and item.callspec.params.get("opening")
+            if storage in SERVERS:
+                cases[(item.originalname, storage)].append(item)
+    left_out = {
+        item
+        for (name, storage), found in cases.items()
+        for item in set(found).difference(_spread(found, MORE_SAMPLES.get(name, SAMPLES[storage]), storage))
+    }
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=sorted(left_out, key=lambda item: item.nodeid))
+
+
+def _spread(cases: Sequence[pytest.Item], count: int, storage: str) -> list[pytest.Item]:
+    """`count` of the cases, evenly spread; each server begins with another one."""
+    if len(cases) <= count:
+        return list(cases)
+    offset = SERVERS.index(storage) * len(cases) // len(SERVERS)
+    return [cases[(offset + number * len(cases) // count) % len(cases)] for number in range(count)]
+
+
+@pytest.fixture
 def opening(request: pytest.FixtureRequest, tmp_path: Path) -> AbstractAsyncContextManager[Storage]:
     return opened(request.param, request, tmp_path)
 
@@ -21,6 +73,9 @@ def opening(request: pytest.FixtureRequest, tmp_path: Path) -> AbstractAsyncCont
 @pytest.fixture
 async def storage(opening: AbstractAsyncContextManager[Storage]) -> AsyncIterator[Storage]:
     async with opening as made:
+        if isinstance(made, RememberingStorage) and made.info.atomicity is Atomicity.STORAGE:
+            # DynamoDB writes a whole transaction at once; the scenarios are about those that cannot be.
+            made.unit = Atomicity.NAMESPACE
         yield made
 
 

@@ -52,7 +52,7 @@ async def test_scenario_03_a_repeated_get_sees_anothers_commit_under_read_commit
 
 async def ends(transaction: Transaction) -> None:
     """Commits, or is refused under SERIALIZABLE, for what was read has changed."""
-    if transaction._participant.isolation is Isolation.SERIALIZABLE:
+    if transaction.isolation is Isolation.SERIALIZABLE:
         with pytest.raises(ValidationConflictError):
             await transaction.commit()
     else:
