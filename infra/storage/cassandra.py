@@ -38,8 +38,8 @@ What else differs from the port
 Before a table is first used, its keyspace's replication is checked: a quorum of it must be up. Before anything,
 every node's `commitlog_sync` is: `periodic` would answer writes that a power failure takes back.
 
-ScalarDB 3.19 uses the same tables: types, index names, and its list of namespaces (`scalardb.namespaces`) are kept
-as it keeps them (its CassandraAdmin).
+ScalarDB 3.19 uses the same tables: types, index names and its keyspace `scalardb` are as it makes them (its
+CassandraAdmin). It takes every keyspace that is not Cassandra's own for a namespace and keeps no list of them.
 """
 
 from __future__ import annotations
@@ -356,14 +356,10 @@ class CassandraStorage:
                 return
             if other.lower() == name.lower():
                 raise InvalidOperationError(f"namespaces {name} and {other} differ only by case")
-        what = f"creating the keyspace {name}"
-        metadata = self._metadata_namespace
         replication = await self._replication()
-        for keyspace in (metadata, name):
-            await self._session.administer(cql.create_keyspace(keyspace, replication), what)
-        await self._session.administer(cql.namespaces_table(metadata), what)
-        for keyspace in (metadata, name):
-            await self._session.administer(cql.add_namespace(metadata), what, (keyspace,))
+        # ScalarDB makes its metadata's keyspace with the first table. On Cassandra it holds nothing there.
+        for keyspace in (self._metadata_namespace, name):
+            await self._session.administer(cql.create_keyspace(keyspace, replication), f"creating the keyspace {name}")
 
     async def drop_namespace(self, namespace: str) -> None:
         name = check_identifier(namespace)
@@ -373,10 +369,6 @@ class CassandraStorage:
         if name not in await self.namespaces():
             return
         await self._session.administer(cql.drop_keyspace(name), what)
-        if await self._session.administer(
-            schema.SELECT_TABLES + schema.OF_TABLE, what, (self._metadata_namespace, "namespaces")
-        ):
-            await self._session.administer(cql.remove_namespace(self._metadata_namespace), what, (name,))
 
     async def drop_table(self, table: TableSchema) -> None:
         if table.namespace in await self.namespaces():

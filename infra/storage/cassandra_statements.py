@@ -322,19 +322,6 @@ def drop_keyspace(namespace: str) -> str:
     return f"DROP KEYSPACE IF EXISTS {_quoted(namespace)}"
 
 
-def namespaces_table(metadata_namespace: str) -> str:
-    """ScalarDB's list of namespaces."""
-    return f"CREATE TABLE IF NOT EXISTS {_quoted(metadata_namespace)}.{_quoted('namespaces')} (name text PRIMARY KEY)"
-
-
-def add_namespace(metadata_namespace: str) -> str:
-    return f"INSERT INTO {_quoted(metadata_namespace)}.{_quoted('namespaces')} (name) VALUES (?)"
-
-
-def remove_namespace(metadata_namespace: str) -> str:
-    return f"DELETE FROM {_quoted(metadata_namespace)}.{_quoted('namespaces')} WHERE name = ?"
-
-
 def index_name(table: TableSchema, column: str) -> str:
     """ScalarDB's name, in lower case: it leaves the name unquoted, so that Cassandra folds it."""
     return f"{table.name}_index_{column}".lower()
