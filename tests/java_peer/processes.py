@@ -23,7 +23,10 @@ from tests.java_peer.peer import scalardb_class_path
 
 ROOT = Path(__file__).parents[2]
 SOURCES = Path(__file__).with_name("java")
-NO_COMPILER = "no javac was found: install a JDK of version 11 or newer (Debian: openjdk-17-jdk-headless), or point JAVA_HOME at one"
+NO_COMPILER = (
+    "no javac was found: install a JDK of version 11 or newer (Debian: apt-get install openjdk-17-jdk-headless),"
+    " or point JAVA_HOME at one"
+)
 
 Line = dict[str, Any]
 
@@ -90,13 +93,13 @@ class PeerProcess:
 
     async def event(self, wanted: Callable[[Line], bool], *, seconds: float = 60) -> Line:
         """The first event that is `wanted`, had or to come."""
-        seen = 0
+        await self.events_until(lambda events: any(map(wanted, events)), seconds=seconds)
+        return next(filter(wanted, self.events))
+
+    async def events_until(self, enough: Callable[[list[Line]], bool], *, seconds: float = 60) -> None:
+        """Wait until the events are `enough`."""
         async with asyncio.timeout(seconds), self._grown:
-            while True:
-                for line in self.events[seen:]:
-                    if wanted(line):
-                        return line
-                seen = len(self.events)
+            while not enough(self.events):
                 if self._reading.done():
                     raise PeerGoneError(self._last_words())
                 await self._grown.wait()

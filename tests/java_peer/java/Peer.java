@@ -144,6 +144,9 @@ public final class Peer {
       case "hold":
         WatchedCassandra.watch(name).hold((String) command.get("at"));
         return null;
+      case "release":
+        WatchedCassandra.watch(name).release();
+        return null;
       case "counts":
         return WatchedCassandra.watch(name).counts();
       case "create_coordinator_tables":
@@ -237,6 +240,10 @@ public final class Peer {
 
   private static Object step(Manager manager, DistributedTransaction transaction, Map<String, Object> step)
       throws Exception {
+    if (step.get("do").equals("wait")) {
+      Thread.sleep(integer(step, "milliseconds"));
+      return null;
+    }
     String fullName = (String) step.get("table");
     TableMetadata table = manager.table(fullName);
     String[] names = fullName.split("\\.");

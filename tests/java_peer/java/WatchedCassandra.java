@@ -18,8 +18,8 @@ import java.util.concurrent.CountDownLatch;
 import java.util.concurrent.atomic.AtomicLong;
 
 /**
- * ScalarDB's Cassandra storage, with a look at what passes: counts statements by phase, and can hold the process's
- * transactions for ever at a phase, so that it can be killed there. Named by {@code scalar.db.storage}.
+ * ScalarDB's Cassandra storage, with a look at what passes: counts statements by phase, and can hold
+ * transactions at a phase, so that the process can be killed there. Named by {@code scalar.db.storage}.
  */
 public final class WatchedCassandra implements DistributedStorageProvider {
   /** The property that names the watch of a manager's storage. */
@@ -67,14 +67,21 @@ public final class WatchedCassandra implements DistributedStorageProvider {
     private final String name;
     private final Map<String, AtomicLong> counts = new ConcurrentHashMap<>();
     private volatile String holdAt = "";
+    private volatile CountDownLatch held = new CountDownLatch(0);
 
     private Watch(String name) {
       this.name = name;
     }
 
-    /** From now on, whoever reaches {@code phase} stays there until the process is killed. */
+    /** From now on, whoever reaches {@code phase} stays there: until released, or until the process is killed. */
     void hold(String phase) {
+      held = new CountDownLatch(1);
       holdAt = phase;
+    }
+
+    void release() {
+      holdAt = "";
+      held.countDown();
     }
 
     Map<String, Object> counts() {
@@ -88,7 +95,7 @@ public final class WatchedCassandra implements DistributedStorageProvider {
       counts.computeIfAbsent(phase, key -> new AtomicLong()).incrementAndGet();
       if (phase.equals(holdAt)) {
         Peer.say(Map.of("event", "held", "manager", name, "at", phase));
-        new CountDownLatch(1).await();
+        held.await();
       }
     }
 

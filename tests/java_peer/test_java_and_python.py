@@ -1,0 +1,326 @@
+"""A program on ScalarDB 3.19 and this engine on one Cassandra: same tables, same bytes, each settling the other's."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from infra.consensus_commit.coordinator import group_and_child
+from infra.consensus_commit.errors import UncommittedRecordError
+from infra.consensus_commit.manager import TransactionManager
+from infra.consensus_commit.metadata import transactional
+from infra.consensus_commit.states import TransactionState
+from infra.storage.operations import IndexScan, Key, Row, TableSchema, Value
+from tests.java_peer.conftest import COORDINATORS, JAVA_MADE, PYTHON_MADE, Cql, Peers
+from tests.java_peer.mixed_tables import every_type_table
+from tests.java_peer.processes import PeerProcess, start_python
+from tests.java_peer.values import columns_to_json, row_from_json
+
+EVERY_TYPE = {side: every_type_table(side, "every_type") for side in (JAVA_MADE, PYTHON_MADE)}
+VALUE_COLUMNS = [name for name in EVERY_TYPE[JAVA_MADE].columns if name not in EVERY_TYPE[JAVA_MADE].key_columns]
+
+UTC = datetime.UTC
+VALUES: Mapping[str, tuple[Value, ...]] = {
+    "plain": (
+        *(True, 1, -1, 1.5, 0.1, "日本 🎈", b"bytes"),
+        *(datetime.date(2024, 2, 29), datetime.time(12, 34, 56, 789_012)),
+        datetime.datetime(2024, 2, 29, 12, 34, 56, 789_000, UTC),
+    ),
+    "smallest": (
+        *(False, -(2**31), -(2**53), -3.4028234663852886e38, -1.7976931348623157e308, "", b""),
+        *(datetime.date(1000, 1, 1), datetime.time(0, 0)),
+        datetime.datetime(1000, 1, 1, tzinfo=UTC),
+    ),
+    "largest": (
+        *(True, 2**31 - 1, 2**53, 3.4028234663852886e38, 1.7976931348623157e308, "\0\t\n'\"$\\\U0010ffff" * 50),
+        *(bytes(range(256)), datetime.date(9999, 12, 31), datetime.time(23, 59, 59, 999_999)),
+        datetime.datetime(9999, 12, 31, 23, 59, 59, 999_000, UTC),
+    ),
+    "least": (
+        *(False, 0, 0, 1.401298464324817e-45, 5e-324, " ", b"\0"),
+        *(datetime.date(1582, 10, 15), datetime.time(0, 0, 0, 1), datetime.datetime(1970, 1, 1, tzinfo=UTC)),
+    ),
+    "zero": (
+        *(False, 0, 0, 0.0, 0.0, "0", b"0", datetime.date(1970, 1, 1), datetime.time(1)),
+        datetime.datetime(1969, 12, 31, 23, 59, 59, 999_000, UTC),
+    ),
+    "nothing": (None,) * 10,
+}
+KEYS: Mapping[str, tuple[Value, ...]] = {
+    "plain": (datetime.date(2024, 2, 29), 7, datetime.time(12, 34, 56, 789_012)),
+    "smallest": (datetime.date(1000, 1, 1), -(2**31), datetime.time(0, 0)),
+    "largest": (datetime.date(9999, 12, 31), 2**31 - 1, datetime.time(23, 59, 59, 999_999)),
+    "least": (datetime.date(1969, 12, 31), 0, datetime.time(0, 0, 0, 1)),
+    "zero": (datetime.date(1970, 1, 1), 0, datetime.time(1)),
+    "nothing": (datetime.date(1582, 10, 15), -1, datetime.time(1)),
+}
+
+numbers = itertools.count()
+
+
+def fresh(what: str) -> str:
+    """Text for a partition key that no other test has."""
+    return f"{what} {next(numbers)} é🎈"
+
+
+def record(case: str, text: str) -> tuple[Key, Row]:
+    date, *clustering = KEYS[case]
+    return Key((text, date), tuple(clustering)), dict(zip(VALUE_COLUMNS, VALUES[case], strict=True))
+
+
+def step(do: str, table: TableSchema, key: Key, columns: Mapping[str, Value] | None = None) -> dict[str, Any]:
+    keys = dict(zip(table.key_columns, key.partition + key.clustering, strict=True))
+    line = {"do": do, "table": table.full_name, "key": columns_to_json(keys)}
+    return line if columns is None else {**line, "columns": columns_to_json(columns)}
+
+
+def exact(row: Row | None) -> dict[str, str] | None:
+    """A row so that equal means identical: 1 is not True, and every digit of a float counts."""
+    return None if row is None else {name: repr(value) for name, value in row.items()}
+
+
+def whole(table: TableSchema, key: Key, columns: Mapping[str, Value]) -> dict[str, str] | None:
+    keys = dict(zip(table.key_columns, key.partition + key.clustering, strict=True))
+    return exact({name: (keys | dict(columns))[name] for name in table.columns})
+
+
+async def java_reads(java: PeerProcess, manager: str, table: TableSchema, *keys: Key) -> list[dict[str, str] | None]:
+    answer = await java.ask("transaction", manager=manager, steps=[step("get", table, key) for key in keys])
+    rows = [row_from_json(table, row) for row in answer["results"]]
+    return [exact(row and {name: row[name] for name in table.columns}) for row in rows]
+
+
+async def python_reads(manager: TransactionManager, table: TableSchema, *keys: Key) -> list[dict[str, str] | None]:
+    async with manager.begin() as transaction:
+        rows = await transaction.get_many(table, keys)
+        await transaction.commit()
+    return [exact(row) for row in rows]
+
+
+async def stored(peers: Peers, table: TableSchema, key: Key) -> Row | None:
+    return await peers.storage.get(transactional(table), key)
+
+
+# -- tables
+
+
+async def test_tables_of_both_sides_look_the_same_to_cassandra(peers: Peers, cql: Cql) -> None:
+    pairs = [(JAVA_MADE, PYTHON_MADE), ("java_plain", "python_plain")]
+    for what in ("keyspaces", "tables", "columns", "indexes"):
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in await cql(f"SELECT * FROM system_schema.{what}"):
+            unlike = {name: value for name, value in row.items() if name not in ("keyspace_name", "id")}
+            found.setdefault(row["keyspace_name"], []).append(unlike)
+        for java, python in pairs:
+            ours, theirs = (
+                [row for row in found.get(side, []) if row.get("table_name") != "intents"] for side in (python, java)
+            )
+            assert ours == theirs, f"{what} of {python} are not those of {java}"
+            assert theirs or (what, java) == ("indexes", "java_plain")
+
+
+async def test_indexes_are_named_as_scalardb_names_them(peers: Peers, cql: Cql) -> None:
+    for side in EVERY_TYPE:
+        rows = await cql(f"SELECT index_name FROM system_schema.indexes WHERE keyspace_name = '{side}'")
+        assert {row["index_name"] for row in rows} == {
+            "every_type_index_an_int",
+            "every_type_index_before_an_int",
+        }
+
+
+async def test_each_side_sees_the_others_tables_and_namespaces(peers: Peers) -> None:
+    java = await peers.java("java_plain")
+    described = [await java.ask("table", manager="java_plain", table=f"{side}.every_type") for side in EVERY_TYPE]
+    namespaces = await java.ask("namespaces", manager="java_plain")
+    await java.stop()
+    assert described[0] == described[1]
+    assert {*EVERY_TYPE} <= {*namespaces}
+    tables = {table.full_name: table for table in await peers.storage.tables()}
+    for table in EVERY_TYPE.values():
+        assert tables[table.full_name] == transactional(table)
+    assert {*EVERY_TYPE, *COORDINATORS} <= {*await peers.storage.namespaces()}
+
+
+# -- values
+
+
+@pytest.mark.parametrize("side", [*EVERY_TYPE])
+async def test_every_value_written_by_one_is_read_by_the_other(peers: Peers, side: str) -> None:
+    table, coordinator = EVERY_TYPE[side], "java_plain" if side == JAVA_MADE else "python_plain"
+    ours = {case: record(case, fresh("python wrote")) for case in VALUES}
+    theirs = {case: record(case, fresh("java wrote")) for case in VALUES}
+    python, java = peers.python(coordinator), await peers.java(coordinator)
+    async with python.begin() as transaction:
+        for key, columns in ours.values():
+            await transaction.insert(table, key, columns)
+        await transaction.commit()
+    await java.ask(
+        "transaction",
+        manager=coordinator,
+        steps=[step("insert", table, key, columns) for key, columns in theirs.values()],
+    )
+    await python.drain()
+    for wrote in (ours, theirs):
+        keys = [key for key, _ in wrote.values()]
+        expected = [whole(table, key, columns) for key, columns in wrote.values()]
+        assert await java_reads(java, coordinator, table, *keys) == expected
+        assert await python_reads(python, table, *keys) == expected
+
+    (key, columns), (java_key, _) = ours["largest"], theirs["largest"]
+    async with python.begin() as transaction:
+        found = await transaction.scan(IndexScan(table, "an_int", columns["an_int"]))
+    assert {row["pk_text"] for row in found} >= {key.partition[0], java_key.partition[0]}
+    await java.stop()
+
+
+async def test_bytes_of_committed_records_are_the_same(peers: Peers, cql: Cql) -> None:
+    """An update by each side, on a record that the other had inserted: every column but ids and times is the same."""
+    table = EVERY_TYPE[JAVA_MADE]
+    java, python = await peers.java("java_plain"), peers.python("java_plain")
+    rows = []
+    for first, second in (("python", "java"), ("java", "python")):
+        key, columns = record("plain", fresh("written twice"))
+        for who, do, case in ((first, "insert", "plain"), (second, "update", "largest")):
+            columns = record(case, "")[1]
+            if who == "java":
+                read = [step("get", table, key)] if do == "update" else []
+                await java.ask("transaction", manager="java_plain", steps=[*read, step(do, table, key, columns)])
+            else:
+                async with python.begin() as transaction:
+                    await (transaction.insert if do == "insert" else transaction.update)(table, key, columns)
+                    await transaction.commit()
+                await python.drain()
+        keyspace, text = table.namespace, key.partition[0]
+        (row,) = await cql(f"SELECT * FROM {keyspace}.{table.name} WHERE pk_text = '{text}' AND pk_date = '2024-02-29'")
+        assert row["tx_version"] == 2
+        assert row["tx_committed_at"] >= row["tx_prepared_at"]
+        assert all(value is None for name, value in row.items() if name.startswith("before_"))
+        rows.append(
+            {n: v for n, v in row.items() if n not in ("pk_text", "tx_id", "tx_prepared_at", "tx_committed_at")}
+        )
+    await java.stop()
+    assert rows[0] == rows[1]
+
+
+# -- recovery of what a killed program left
+
+
+class Doomed:
+    """Three records of every type: one to be updated, one deleted, one inserted by a transaction that never ends."""
+
+    def __init__(self, table: TableSchema, case: str, new: str) -> None:
+        self.table = table
+        self.updated, self.old = record(case, fresh("updated"))
+        self.deleted, _ = record(case, fresh("deleted"))
+        self.inserted, self.new = record(new, fresh("inserted"))
+        self.keys = (self.updated, self.deleted, self.inserted)
+
+    async def settle(self, manager: TransactionManager) -> None:
+        async with manager.begin() as transaction:
+            await transaction.insert(self.table, self.updated, self.old)
+            await transaction.insert(self.table, self.deleted, self.old)
+            await transaction.commit()
+        await manager.drain()
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return [
+            *(step("get", self.table, key) for key in (self.updated, self.deleted)),
+            step("update", self.table, self.updated, self.new),
+            step("delete", self.table, self.deleted),
+            step("insert", self.table, self.inserted, self.new),
+        ]
+
+    def expected(self, *, committed: bool) -> list[dict[str, str] | None]:
+        if committed:
+            return [
+                whole(self.table, self.updated, self.new),
+                None,
+                whole(self.table, self.inserted, self.new),
+            ]
+        return [*(whole(self.table, key, self.old) for key in (self.updated, self.deleted)), None]
+
+    async def states(self, peers: Peers) -> list[Value]:
+        rows = [await stored(peers, self.table, key) for key in self.keys]
+        return [row and row["tx_state"] for row in rows]
+
+
+IN_DOUBT = [TransactionState.PREPARED, TransactionState.DELETED, TransactionState.PREPARED]
+PYTHON_OF_OLD = {"coordinator": "java_plain", "lifetime_ms": 15_000, "clock_behind_ms": 60_000}
+CASES = [*itertools.pairwise([*VALUES, "plain"])]
+
+
+async def test_python_settles_what_a_killed_java_program_left(peers: Peers) -> None:
+    """Of each kind of coordinator table, one transaction is killed before its state is written and one after."""
+    coordinators = [*COORDINATORS]
+    phases = {f"{name}:{phase}": phase for name in coordinators for phase in ("commit_state", "commit_records")}
+    java = await peers.java(*phases)
+    began: list[tuple[str, str, Doomed, str]] = []
+    cases = itertools.cycle(CASES)
+    for manager, phase in phases.items():
+        doomed = Doomed(EVERY_TYPE[PYTHON_MADE], *next(cases))
+        await doomed.settle(peers.python("python_plain"))
+        await java.ask("hold", manager=manager, at=phase)
+        number = len(java.events)
+        java.begin("transaction", manager=manager, steps=doomed.steps)
+        await java.event(lambda line, manager=manager: line["event"] == "held" and line["manager"] == manager)
+        tx_id = next(line["tx_id"] for line in java.events[number:] if line["event"] == "began")
+        began.append((manager, phase, doomed, tx_id))
+    await java.kill()
+
+    for manager, phase, doomed, tx_id in began:
+        assert await doomed.states(peers) == IN_DOUBT
+        coordinator = manager.partition(":")[0]
+        assert (group_and_child(tx_id) is not None) == (coordinator == "java_grouping")
+        committed = phase == "commit_records"
+        if not committed:
+            with pytest.raises(UncommittedRecordError):
+                await python_reads(peers.python(coordinator), doomed.table, *doomed.keys)
+        python = peers.python(coordinator, lifetime_ms=1)
+        assert await python_reads(python, doomed.table, *doomed.keys) == doomed.expected(committed=committed)
+        await python.drain()
+        settled = await doomed.states(peers)
+        assert settled == ([3, None, 3] if committed else [3, 3, None])
+        state = await python.states.get_state(tx_id)
+        assert state is not None
+        assert state.state is (TransactionState.COMMITTED if committed else TransactionState.ABORTED)
+
+    # A Java program that comes later agrees.
+    java = await peers.java(*coordinators)
+    for manager, phase, doomed, tx_id in began:
+        coordinator, committed = manager.partition(":")[0], phase == "commit_records"
+        assert await java.ask("state", manager=coordinator, tx_id=tx_id) == ("COMMITTED" if committed else "ABORTED")
+        assert await java_reads(java, coordinator, doomed.table, *doomed.keys) == doomed.expected(committed=committed)
+    await java.stop()
+
+
+@pytest.mark.parametrize("phase", ["commit_state", "commit_records"])
+async def test_java_settles_what_a_killed_python_program_left(peers: Peers, phase: str) -> None:
+    all_doomed = [Doomed(EVERY_TYPE[JAVA_MADE], *case) for case in CASES]
+    settling = peers.python("java_plain")
+    for doomed in all_doomed:
+        await doomed.settle(settling)
+    python = await start_python()
+    # Its clock is behind, so that its records have expired when a Java program finds them.
+    await python.ask("open", port=peers.port, **PYTHON_OF_OLD)
+    await python.ask("hold", at=phase)
+    for doomed in all_doomed:
+        python.begin("transaction", steps=doomed.steps)
+    await python.events_until(lambda events: sum(event["event"] == "held" for event in events) >= len(all_doomed))
+    await python.kill()
+    for doomed in all_doomed:
+        assert await doomed.states(peers) == IN_DOUBT
+
+    committed = phase == "commit_records"
+    java = await peers.java("java_plain")
+    for doomed in all_doomed:
+        expected = doomed.expected(committed=committed)
+        assert await java_reads(java, "java_plain", doomed.table, *doomed.keys) == expected
+    await java.stop()
+    reading = peers.python("java_plain")
+    for doomed in all_doomed:
+        assert await python_reads(reading, doomed.table, *doomed.keys) == doomed.expected(committed=committed)
