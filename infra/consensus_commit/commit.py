@@ -60,24 +60,47 @@ async def commit(
     Raises a TransactionConflictError or what a participant raised when nothing took effect,
     UnknownTransactionStatusError when nobody can tell.
     """
+    try:
+        writers, committed_at_ms = await _commit(
+            tx_id, participants, states, clock, one_phase_commit, before_commit_state, journal
+        )
+    except BaseException:
+        for participant in participants:
+            participant.note_failed()
+        if journal is not None:
+            journal.leave(tx_id)  # What is left of it, if anything, is the sweeper's.
+        raise
+    for participant in participants:
+        participant.note_committed(committed_at_ms)
+    if writers:
+        await settle(tx_id, _finish(tx_id, writers, committed_at_ms, journal))
+
+
+async def _commit(
+    tx_id: str,
+    participants: Sequence[ParticipantTransaction],
+    states: CoordinatorStates,
+    clock: Clock,
+    one_phase_commit: bool,
+    before_commit_state: BeforeCommitState | None,
+    journal: Journal | None,
+) -> tuple[Sequence[ParticipantTransaction], int]:
+    """Those whose records are still to be committed, and when the transaction was (ms)."""
     await in_parallel([participant.pre_read() for participant in participants])
     writers = [participant for participant in participants if participant.has_writes]
 
     if not writers:  # Nothing to decide: no state row, but what was read must have been true at one time.
-        return await _validate_records(participants)
+        await _validate_records(participants)
+        return [], clock.now_ms()
 
     if one_phase_commit and before_commit_state is None and _fits_one_phase(participants, writers):
-        return await writers[0].commit_one_phase(clock.now_ms())
+        committed_at_ms = clock.now_ms()
+        await writers[0].commit_one_phase(committed_at_ms)
+        return [], committed_at_ms
 
     if journal is not None:
         await journal.begin(tx_id, [partition for writer in writers for partition in writer.written_partitions()])
-    try:
-        committed_at_ms = await _decide(tx_id, participants, writers, states, clock, before_commit_state, journal)
-    except BaseException:
-        if journal is not None:
-            journal.leave(tx_id)  # What is left of it, if anything, is the sweeper's.
-        raise
-    await settle(tx_id, _finish(tx_id, writers, committed_at_ms, journal))
+    return writers, await _decide(tx_id, participants, writers, states, clock, before_commit_state, journal)
 
 
 async def _decide(

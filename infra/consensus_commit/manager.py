@@ -21,6 +21,7 @@ from infra.consensus_commit.intents import IntentLog, new_intended_id
 from infra.consensus_commit.journal import Journal
 from infra.consensus_commit.metadata import transactional
 from infra.consensus_commit.participant import ParticipantTransaction
+from infra.consensus_commit.record_cache import RecordCache
 from infra.consensus_commit.recovery import TRANSACTION_LIFETIME_MS, RecoveryHandler
 from infra.consensus_commit.retry import RetryPolicy
 from infra.consensus_commit.states import Isolation
@@ -44,6 +45,8 @@ class TransactionManager:
     between sees the commit all the same. At most `_SETTLING_AT_MOST` transactions are settled so at a time.
     `name`: who this is to whoever cleans up after it, from one start to the next; two managers that run at once must
     have two names. None: no intents.
+    `cache_records`: how many committed records to keep, so that SERIALIZABLE transactions need not read them first;
+    see `record_cache.py` for when that pays.
     `states`, `recovery` and `sweeper` are public for inspection; run `sweeper.run()` as a task of its own.
     """
 
@@ -55,6 +58,7 @@ class TransactionManager:
         one_phase_commit: bool = True,
         async_commit: bool = True,
         name: str | None = None,
+        cache_records: int = 0,
         coordinator_namespace: str = "coordinator",
         transaction_lifetime_ms: int = TRANSACTION_LIFETIME_MS,
         on_recovered: Callable[[str], None] = lambda kind: None,
@@ -67,6 +71,7 @@ class TransactionManager:
         self._clock = clock or SystemClock()
         self._one_phase_commit = one_phase_commit
         self._async_commit = async_commit
+        self._cache = RecordCache(cache_records) if cache_records else None
         self._settling: set[asyncio.Task[None]] = set()
         self._random = randomness or random.Random()
         self._sleep = sleep
@@ -120,6 +125,7 @@ class TransactionManager:
             recovery=self.recovery,
             clock=self._clock,
             read_only=read_only,
+            cache=self._cache,
         )
 
         async def commit_participant(participant: ParticipantTransaction) -> None:

@@ -33,12 +33,23 @@ from infra.consensus_commit.errors import (
     UnknownTransactionStatusError,
     UnsatisfiedConditionError,
 )
-from infra.consensus_commit.metadata import TX_ID, Layout, is_committed, layout_of, version_of
+from infra.consensus_commit.metadata import (
+    TX_COMMITTED_AT,
+    TX_ID,
+    TX_PREPARED_AT,
+    TX_STATE,
+    TX_VERSION,
+    Layout,
+    is_committed,
+    layout_of,
+    version_of,
+)
 from infra.consensus_commit.parallel import in_parallel
+from infra.consensus_commit.record_cache import RecordCache
 from infra.consensus_commit.recovery import RecoveryHandler
 from infra.consensus_commit.scanning import PAGE_SIZE, conditions_of, page_size_for, stored_pages
 from infra.consensus_commit.snapshot import PendingWrite, RecordId, Savepoint, ScanRead, Snapshot
-from infra.consensus_commit.states import Isolation
+from infra.consensus_commit.states import Isolation, TransactionState
 from infra.consensus_commit.validation import validate
 from infra.failpoints import reach
 from infra.storage.conditions import all_hold
@@ -104,6 +115,7 @@ class ParticipantTransaction:
         recovery: RecoveryHandler,
         clock: Clock,
         read_only: bool = False,
+        cache: RecordCache | None = None,
     ) -> None:
         self.tx_id = tx_id
         self.isolation = isolation
@@ -111,6 +123,9 @@ class ParticipantTransaction:
         self._recovery = recovery
         self._clock = clock
         self._read_only = read_only
+        # Only what is validated before it counts may come from a cache.
+        self._cache = cache if isolation is Isolation.SERIALIZABLE else None
+        self._prepared_at_ms = 0
         self._snapshot = Snapshot()
         self._phase = _Phase.ACTIVE
         self._batches: list[_Batch] = []
@@ -305,6 +320,7 @@ class ParticipantTransaction:
         """
         await self._end_reading()
         self._phase = _Phase.PREPARING
+        self._prepared_at_ms = prepared_at_ms
         writes = self._snapshot.writes.values()
         self._batches = [_Batch(batch) for batch in grouping.batches(self._storage, writes)]
         await reach("prepare.before_records")
@@ -372,6 +388,37 @@ class ParticipantTransaction:
             raise UnknownTransactionStatusError(f"transaction {self.tx_id} was not answered", self.tx_id) from error
         await reach("one_phase.after")
 
+    # -- what the process remembers
+
+    def note_committed(self, committed_at_ms: int) -> None:
+        """This transaction is committed, as of `committed_at_ms`: what it wrote is what others should read."""
+        if self._cache is None:
+            return
+        for record_id, write in self._snapshot.writes.items():
+            if write.columns is None:
+                self._cache.drop([record_id])
+                continue
+            before = self._before(write)
+            self._cache.put(
+                record_id,
+                {
+                    **dict.fromkeys(write.layout.after_columns),
+                    **write.layout.key_columns(write.key),
+                    **(before or {}),
+                    **write.columns,
+                    TX_ID: self.tx_id,
+                    TX_STATE: TransactionState.COMMITTED.value,
+                    TX_VERSION: 1 if before is None else version_of(before) + 1,
+                    TX_PREPARED_AT: self._prepared_at_ms or committed_at_ms,
+                    TX_COMMITTED_AT: committed_at_ms,
+                },
+            )
+
+    def note_failed(self) -> None:
+        """This transaction did not commit, perhaps because something that it believed was old."""
+        if self._cache is not None:
+            self._cache.drop([*self._snapshot.reads, *self._snapshot.writes])
+
     # -- steps of reading
 
     def _check_active(self) -> None:
@@ -419,9 +466,15 @@ class ParticipantTransaction:
         return layout
 
     async def _read(self, layout: Layout, key: Key) -> None:
+        record_id = (layout.full_name, key)
+        cached = None if self._cache is None else self._cache.get(record_id)
+        if cached is not None:
+            return self._snapshot.remember_get(layout, key, cached)
         row = await self._storage.get(layout.stored, key)
         record = await self._resolved(layout, key, row)
         self._snapshot.remember_get(layout, key, record, latest=self._reads_afresh)
+        if self._cache is not None and record is not None:
+            self._cache.put(record_id, record)
 
     async def _resolved(self, layout: Layout, key: Key, row: Row | None) -> Row | None:
         if row is None or is_committed(row):
