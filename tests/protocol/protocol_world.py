@@ -73,7 +73,8 @@ async def at_once(seconds: float) -> None:
 class World:
     """One storage, one clock, and as many processes (managers) as a scenario wants."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, *, coordinator_namespace: str = "coordinator") -> None:
+        self.coordinator_namespace = coordinator_namespace
         self.plain_storage = storage
         self.storage = FaultyStorage(storage)
         self.clock = ManualClock()
@@ -87,6 +88,7 @@ class World:
             storage or self.plain_storage,
             self.clock,
             one_phase_commit=one_phase_commit,
+            coordinator_namespace=self.coordinator_namespace,
             async_commit=False,  # Scenarios look at the records right after the commit.
             on_recovered=self.recovered.append,
             sleep=at_once,
@@ -155,6 +157,7 @@ class World:
 
     async def state_rows(self) -> dict[str, TransactionState]:
         states = self.process().states
+        await states.create_tables()  # It learns which columns the table has.
         ids = [str(partition[0]) for partition in await self.plain_storage.partitions(states.table)]
         return {tx_id: found.state for tx_id in ids if (found := await states.get_state(tx_id)) is not None}
 
