@@ -1,4 +1,4 @@
-"""`python -m scripts.proof replay|small-stock|chaos --file FILE`: run a long proof and print its report as JSON.
+"""`python -m scripts.proof replay|small-stock|chaos|histories`: run a long proof and print its report as JSON.
 
 Exit code 0 only if everything held. Systems are started and stopped by the proof itself, in a new directory.
 """
@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from infra.consensus_commit.states import Isolation
 from scripts.proof import scenarios
+from scripts.proof.histories.command import NAMED, prove_histories
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,6 +38,12 @@ def _parser() -> argparse.ArgumentParser:
         if name == "chaos":
             command.add_argument("--seed", type=int, default=1)
             command.add_argument("--times", type=int, default=3, help="how often each kind of process is killed")
+    command = commands.add_parser("histories", help="random transactions under faults, and their histories checked")
+    command.add_argument("--storage", default="sqlite", help=f"{', '.join(NAMED)}, or a URL")
+    command.add_argument("--transactions", type=int, default=20_000, help="attempts in all (default: 20000)")
+    command.add_argument("--seed", type=int, default=1)
+    command.add_argument("--isolation", type=Isolation, choices=list(Isolation), action="append", help="default: all")
+    command.add_argument("--work", type=Path, help="keep the storage's data in this directory")
     return parser
 
 
@@ -52,13 +60,21 @@ def _run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "chaos": lambda: scenarios.prove_chaos(
             arguments.file, work, limit=arguments.limit, seed=arguments.seed, times=arguments.times
         ),
+        "histories": lambda: prove_histories(
+            arguments.storage,
+            work,
+            transactions=arguments.transactions,
+            seed=arguments.seed,
+            isolations=tuple(arguments.isolation or Isolation),
+        ),
     }
     return run[arguments.scenario]()
 
 
 def main() -> int:
     arguments = _parser().parse_args()
-    for file in arguments.file:
+    files: list[Path] = getattr(arguments, "file", [])
+    for file in files:
         if not file.is_file():
             print(f"There is no file {file}.", file=sys.stderr)
             return 2
@@ -68,7 +84,9 @@ def main() -> int:
     work = arguments.work or Path(tempfile.mkdtemp(prefix="concord-proof."))
     started_s = time.monotonic()
     try:
-        report = {"scenario": arguments.scenario, "files": [str(file) for file in arguments.file]}
+        report: dict[str, Any] = {"scenario": arguments.scenario}
+        if files:
+            report["files"] = [str(file) for file in files]
         report |= _run(arguments, work)
     finally:
         if arguments.work is None:
