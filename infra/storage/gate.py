@@ -33,13 +33,18 @@ class PartitionGate:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._turnstiles: dict[Hashable, _Turnstile] = {}
+        self._infos: dict[str, tuple[StorageInfo, StorageInfo]] = {}
 
     @property
     def info(self) -> StorageInfo:
         return replace(self._storage.info, serializes_batches=True)
 
     def info_of(self, namespace: str) -> StorageInfo:
-        return replace(self._storage.info_of(namespace), serializes_batches=True)
+        behind = self._storage.info_of(namespace)
+        known = self._infos.get(namespace)
+        if known is None or known[0] is not behind:  # Asked for every write: not to be made anew each time.
+            known = self._infos[namespace] = (behind, replace(behind, serializes_batches=True))
+        return known[1]
 
     async def create_table(self, table: TableSchema) -> None:
         await self._storage.create_table(table)
