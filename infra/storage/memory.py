@@ -166,6 +166,7 @@ class MemoryStorage:
         self._namespaces.add(check_identifier(namespace))
 
     async def drop_namespace(self, namespace: str) -> None:
+        check_identifier(namespace)
         if any(table.schema.namespace == namespace for table in self._tables.values()):
             raise InvalidOperationError(f"namespace {namespace} still has tables")
         self._namespaces.discard(namespace)

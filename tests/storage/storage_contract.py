@@ -1,15 +1,19 @@
 """What every storage adapter must do: the sentences of the port, each as a test.
 
 An adapter's test file inherits `StorageContract` and says how to make the storage. Where an adapter cannot keep a
-sentence it overrides that test and says why. A known case: Cassandra lets `IS NULL` hold for an absent row.
+sentence it overrides that test and says why. Where tables are slow to make, an adapter overrides `_tables` to make
+them once, and leaves them empty after each test: THINGS, COUNTERS and ELSEWHERE are always there, tables of the
+namespace MORE are made by the tests that need them (creating one again does nothing).
 """
 
 from __future__ import annotations
 
 import asyncio
+import datetime
 import itertools
 import math
 import struct
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from enum import IntEnum, StrEnum
 
@@ -25,20 +29,28 @@ from infra.storage.operations import (
     If,
     IfExists,
     IfNotExists,
+    IndexScan,
     Key,
     Operator,
     Put,
     Row,
     Scan,
+    ScanAll,
+    Selection,
     TableSchema,
     Value,
 )
-from infra.storage.port import Storage
+from infra.storage.port import AdministrableStorage, Storage
 
 T = DataType
 
+# A server that is shared with others has their namespaces, too.
+SHOP = "contract_shop"
+DEPOT = "contract_depot"
+MORE = "contract_more"
+
 THINGS = TableSchema(
-    namespace="shop",
+    namespace=SHOP,
     name="things",
     columns={
         "bucket": T.INT,
@@ -51,16 +63,46 @@ THINGS = TableSchema(
         "double": T.DOUBLE,
         "note": T.TEXT,
         "raw": T.BLOB,
+        "day": T.DATE,
+        "clock": T.TIME,
+        "instant": T.TIMESTAMPTZ,
     },
     partition_key=("bucket",),
     clustering_key=("name", "number"),
 )
 
-COUNTERS = TableSchema("shop", "counters", {"id": T.TEXT, "value": T.BIGINT}, ("id",))
+COUNTERS = TableSchema(SHOP, "counters", {"id": T.TEXT, "value": T.BIGINT}, ("id",))
 
-ELSEWHERE = replace(THINGS, namespace="depot")
+ELSEWHERE = replace(THINGS, namespace=DEPOT)
 
-NULLS = dict.fromkeys(("flag", "small", "big", "single", "double", "note", "raw"))
+# One of each kind of clustering order besides the usual one: descending first, descending last, all descending.
+ORDERED = [
+    TableSchema(
+        MORE, f"ordered{n}", {"id": T.INT, "a": T.TEXT, "b": T.INT, "v": T.INT}, ("id",), ("a", "b"), descending
+    )
+    for n, descending in enumerate((frozenset("a"), frozenset("b"), frozenset("ab")))
+]
+
+INDEXED = TableSchema(
+    MORE,
+    "indexed",
+    {"id": T.INT, "n": T.INT, "colour": T.TEXT, "size": T.BIGINT, "day": T.DATE, "note": T.TEXT},
+    ("id",),
+    ("n",),
+    indexes=frozenset({"colour", "size", "day"}),
+)
+
+CALENDAR = TableSchema(
+    MORE,
+    "calendar",
+    {"day": T.DATE, "clock": T.TIME, "instant": T.TIMESTAMPTZ, "of": T.DATE, "at": T.TIME, "v": T.INT},
+    ("day", "clock"),
+    ("instant", "of", "at"),
+)
+
+UTC = datetime.UTC
+
+NULLS = dict.fromkeys(("flag", "small", "big", "single", "double", "note", "raw", "day", "clock", "instant"))
 
 HOSTILE_TEXTS = [
     "'; DROP TABLE things; --",
@@ -76,6 +118,39 @@ HOSTILE_TEXTS = [
 # Rows whose keys try the order of each type: negative numbers, case, and a character that UTF-16 would misplace.
 NAMES = ["", "A", "a", "a\0", "ab", "\u00e9", "\uffff", "\U0001f600"]
 NUMBERS = [-(2**53), -1, 0, 7, 2**53]
+
+
+DAYS = [
+    datetime.date(1000, 1, 1),
+    datetime.date(1582, 10, 10),  # the calendar of Java's old dates leaves it out
+    datetime.date(1969, 12, 31),
+    datetime.date(1970, 1, 1),
+    datetime.date(2024, 2, 29),
+    datetime.date(9999, 12, 31),
+]
+TIMES = [
+    datetime.time(0),
+    datetime.time(0, 0, 0, 1),
+    datetime.time(12, 34, 56, 789012),
+    datetime.time(23, 59, 59, 999999),
+]
+LOCAL_INSTANTS = [
+    datetime.datetime(1000, 1, 1),
+    datetime.datetime(1969, 12, 31, 23, 59, 59, 999_000),
+    datetime.datetime(1970, 1, 1),
+    datetime.datetime(2024, 2, 29, 12, 34, 56, 7_000),
+    datetime.datetime(9999, 12, 31, 23, 59, 59, 999_000),
+]
+INSTANTS = [instant.replace(tzinfo=UTC) for instant in LOCAL_INSTANTS]
+NO_INSTANTS = [
+    "2024-02-29T00:00:00Z",
+    0,
+    datetime.date(2024, 2, 29),
+    datetime.datetime(2024, 2, 29),
+    datetime.datetime(2024, 2, 29, tzinfo=datetime.timezone(datetime.timedelta(hours=9))),
+    datetime.datetime(2024, 2, 29, 0, 0, 0, 1, tzinfo=UTC),
+    datetime.datetime(999, 12, 31, tzinfo=UTC),
+]
 
 
 # operator: does it hold for (held, asked)? For every pair of the columns' low and high values and NULL.
@@ -113,6 +188,20 @@ def counter_is(value: int) -> If:
     return condition("value", Operator.EQ, value)
 
 
+async def tables_of(storage: Storage) -> list[TableSchema]:
+    """The tables that are always there."""
+    return [table for table in await storage.tables() if table.namespace.lower() in (SHOP, DEPOT)]
+
+
+async def rows_of(storage: Storage, selection: Selection, page_size: int = 256) -> list[Row]:
+    """The rows of all pages; no page is empty."""
+    if isinstance(selection, Scan):
+        return await storage.scan(selection)
+    pages = [page async for page in storage.pages(selection, page_size)]
+    assert all(pages)
+    return [row for page in pages for row in page]
+
+
 class StorageContract:
     @pytest.fixture
     async def storage(self) -> Storage:
@@ -128,9 +217,11 @@ class StorageContract:
     # Tables
 
     async def test_tables_are_listed_with_their_columns_and_keys_in_order_of_their_names(self, storage: Storage):
-        listed = await storage.tables()
+        assert await tables_of(storage) == [ELSEWHERE, COUNTERS, THINGS]
 
-        assert listed == [ELSEWHERE, COUNTERS, THINGS]
+    async def test_tables_are_listed_with_their_columns_in_order(self, storage: Storage):
+        listed = await tables_of(storage)
+
         assert [list(table.columns) for table in listed] == [list(t.columns) for t in (ELSEWHERE, COUNTERS, THINGS)]
 
     async def test_creating_a_table_again_keeps_its_rows(self, storage: Storage):
@@ -158,7 +249,7 @@ class StorageContract:
         with pytest.raises(InvalidOperationError, match="exists otherwise"):
             await storage.get(other, Key(("a",), (1,) * len(other.clustering_key)))
 
-        assert COUNTERS in await storage.tables()
+        assert COUNTERS in await tables_of(storage)
 
     @pytest.mark.parametrize(
         "name", [*HOSTILE_TEXTS, "", "1a", "a b", "a.b", "../up", "\u00e9", "a\n", "sqlite_x", "x" * 49]
@@ -172,25 +263,25 @@ class StorageContract:
         with pytest.raises(InvalidOperationError):
             await storage.mutate([Put(COUNTERS, Key(("a",)), {name: 1})])
 
-        assert len(await storage.tables()) == 3
+        assert len(await tables_of(storage)) == 3
 
     @pytest.mark.parametrize("name", HOSTILE_TEXTS)
     async def test_a_column_that_is_no_identifier_is_refused_everywhere(self, storage: Storage, name: str):
         with pytest.raises(InvalidOperationError):
-            await storage.create_table(TableSchema("shop", "fresh", {"id": T.TEXT, name: T.TEXT}, ("id",)))
+            await storage.create_table(TableSchema(SHOP, "fresh", {"id": T.TEXT, name: T.TEXT}, ("id",)))
         with pytest.raises(InvalidOperationError):
             await storage.mutate([Put(COUNTERS, Key(("a",)), {}, condition(name, Operator.EQ, 1))])
         with pytest.raises(InvalidOperationError):
             await storage.scan(Scan(COUNTERS, ("a",), where=(ColumnCondition(name, Operator.EQ, 1),)))
 
-        assert len(await storage.tables()) == 3
+        assert len(await tables_of(storage)) == 3
 
     @pytest.mark.parametrize(
         "table",
         [
             replace(COUNTERS, name="Counters"),
-            replace(COUNTERS, namespace="SHOP", name="other"),
-            TableSchema("shop", "fresh", {"id": T.TEXT, "ID": T.TEXT}, ("id",)),
+            replace(COUNTERS, namespace=SHOP.upper(), name="other"),
+            TableSchema(SHOP, "fresh", {"id": T.TEXT, "ID": T.TEXT}, ("id",)),
         ],
         ids=["table", "namespace", "column"],
     )
@@ -201,12 +292,12 @@ class StorageContract:
     @pytest.mark.parametrize(
         "table",
         [
-            TableSchema("shop", "fresh", {"id": T.TEXT}, ()),
-            TableSchema("shop", "fresh", {"id": T.TEXT}, ("other",)),
-            TableSchema("shop", "fresh", {"id": T.TEXT}, ("id",), ("id",)),
-            TableSchema("shop", "fresh", {"id": T.DOUBLE}, ("id",)),
-            TableSchema("shop", "fresh", {"id": T.TEXT, "at": T.FLOAT}, ("id",), ("at",)),
-            TableSchema("shop", "fresh", {"id": "TEXT) --"}, ("id",)),  # type: ignore[dict-item]
+            TableSchema(SHOP, "fresh", {"id": T.TEXT}, ()),
+            TableSchema(SHOP, "fresh", {"id": T.TEXT}, ("other",)),
+            TableSchema(SHOP, "fresh", {"id": T.TEXT}, ("id",), ("id",)),
+            TableSchema(SHOP, "fresh", {"id": T.DOUBLE}, ("id",)),
+            TableSchema(SHOP, "fresh", {"id": T.TEXT, "at": T.FLOAT}, ("id",), ("at",)),
+            TableSchema(SHOP, "fresh", {"id": "TEXT) --"}, ("id",)),  # type: ignore[dict-item]
         ],
         ids=["no key", "key is no column", "key column twice", "DOUBLE key", "FLOAT key", "no type"],
     )
@@ -226,7 +317,7 @@ class StorageContract:
             with pytest.raises(InvalidOperationError, match="no table"):
                 await call
 
-        assert len(await storage.tables()) == 3
+        assert len(await tables_of(storage)) == 3
 
     # Single rows
 
@@ -290,8 +381,11 @@ class StorageContract:
             *itertools.product(["double"], [0.0, 3.0, 0.1, 5e-324, 1.7976931348623157e308, 2.0**53 + 2, -math.inf]),
             *itertools.product(["note"], ["", "plain", "\u00e9\uffff\U0001f600", "x" * 100_000, *HOSTILE_TEXTS]),
             *itertools.product(["raw"], [b"", b"\0", bytes(range(256)), b"'; DROP", b"x" * 100_000]),
+            *itertools.product(["day"], DAYS),
+            *itertools.product(["clock"], TIMES),
+            *itertools.product(["instant"], INSTANTS),
         ],
-        ids=lambda value: repr(value)[:30],
+        ids=lambda value: repr(value)[:60],
     )
     async def test_a_value_reads_as_it_was_written(self, storage: Storage, column: str, value: Value):
         await storage.mutate([Put(THINGS, key(), {column: value})])
@@ -303,7 +397,7 @@ class StorageContract:
         assert row is not None
         assert type(row[column]) is type(value)
         assert await storage.scan(Scan(THINGS, (0,))) == [row]
-        assert len(await storage.tables()) == 3
+        assert len(await tables_of(storage)) == 3
 
     @pytest.mark.parametrize(
         ("column", "value"),
@@ -315,6 +409,9 @@ class StorageContract:
             *itertools.product(["double"], [1, math.nan, "1"]),
             *itertools.product(["note"], [1, b"x", "\ud800", "x\udfff", ["x"]]),
             *itertools.product(["raw"], ["x", bytearray(b"x"), 1]),
+            *itertools.product(["day"], ["2024-02-29", 0, datetime.date(999, 12, 31), LOCAL_INSTANTS[2], INSTANTS[2]]),
+            *itertools.product(["clock"], ["12:00", 0, datetime.time(12, tzinfo=UTC), LOCAL_INSTANTS[2]]),
+            *itertools.product(["instant"], NO_INSTANTS),
             ("missing", 1),
             ("name", "key column"),
         ],
@@ -388,7 +485,7 @@ class StorageContract:
             by_where = Scan(THINGS, (0,), where=(ColumnCondition("note", Operator.EQ, text),))
             for scan in (by_bound, by_where):
                 assert await storage.scan(scan) == [row_of(key(text), note=text)]
-        assert len(await storage.tables()) == 3
+        assert len(await tables_of(storage)) == 3
 
     # Conditions
 
@@ -447,6 +544,9 @@ class StorageContract:
             ("note", "\uffff", "\U0001f600"),
             ("note", "a\0b", "a\0c"),
             ("raw", b"\x7f", b"\x80"),
+            ("day", DAYS[0], DAYS[2]),
+            ("clock", TIMES[1], TIMES[2]),
+            ("instant", INSTANTS[1], INSTANTS[2]),
         ],
     )
     @pytest.mark.parametrize("operator", list(Operator), ids=lambda operator: operator.name)
@@ -470,6 +570,33 @@ class StorageContract:
 
             assert deleted == ((held, asked) in TRUTH[operator]), (held, operator, asked)
             assert filtered == ([row_of(where, **{column: values[held]})] if deleted else []), (held, operator, asked)
+
+    async def test_conditions_may_speak_of_key_columns(self, storage: Storage):
+        await storage.mutate([Put(THINGS, key("n", 7), {"small": 1})])
+
+        for unmet in (
+            condition("number", Operator.LT, 7),
+            condition("name", Operator.IS_NULL),
+            If((ColumnCondition("small", Operator.EQ, 1), ColumnCondition("bucket", Operator.NE, 0))),
+        ):
+            for mutation in (Put(THINGS, key("n", 7), {"small": 2}, unmet), Delete(THINGS, key("n", 7), unmet)):
+                with pytest.raises(NoMutationError):
+                    await storage.mutate([mutation])
+        with pytest.raises(NoMutationError):
+            await storage.mutate([Put(THINGS, key("absent", 7), {"small": 2}, condition("number", Operator.EQ, 7))])
+        await storage.mutate([Put(THINGS, key("n", 7), {"small": 2}, condition("number", Operator.GE, 7))])
+
+        assert await storage.scan(Scan(THINGS, (0,))) == [row_of(key("n", 7), small=2)]
+
+    async def test_is_null_holds_for_a_present_row_and_in_a_batch(self, storage: Storage):
+        await storage.mutate([Put(THINGS, key("a"), {"note": "x"}), Put(THINGS, key("b"), {"small": 1})])
+        null = condition("big", Operator.IS_NULL)
+
+        with pytest.raises(NoMutationError):
+            await storage.mutate([Put(THINGS, key("a"), {"small": 2}, null), Delete(THINGS, key("absent"), null)])
+        await storage.mutate([Put(THINGS, key("a"), {"small": 2}, null), Delete(THINGS, key("b"), null)])
+
+        assert await storage.scan(Scan(THINGS, (0,))) == [row_of(key("a"), small=2, note="x")]
 
     async def test_every_condition_must_hold(self, storage: Storage):
         await storage.mutate([Put(THINGS, key(), {"small": 1, "note": "x"})])
@@ -751,6 +878,144 @@ class StorageContract:
 
         assert await storage.scan(Scan(COUNTERS, ("a",))) == [{"id": "a", "value": 1}]
 
+    @pytest.mark.parametrize("table", ORDERED, ids=lambda table: "+".join(sorted(table.descending)))
+    async def test_descending_columns_run_from_the_largest_value_and_bounds_compare_by_value(
+        self, storage: Storage, table: TableSchema
+    ):
+        await storage.create_table(table)
+        keys = list(itertools.product(["", "a", "\U0001f600"], [-1, 0, 5]))
+        await storage.mutate([Put(table, Key((0,), c), {"v": 1}) for c in keys])
+        for position in (1, 0):
+            keys.sort(key=lambda c: c[position], reverse="ab"[position] in table.descending)  # type: ignore[arg-type, return-value]
+        bounds = [
+            None,
+            *(
+                Bound(prefix, inclusive)
+                for prefix in ((), ("a",), ("aa",), ("a", 0), ("a", 3), ("\U0001f600", 5))
+                for inclusive in (True, False)
+            ),
+        ]
+
+        def inside(c: tuple[Value, ...], start: Bound | None, end: Bound | None) -> bool:
+            after = start is None or c[: len(start.values)] > start.values  # type: ignore[operator]
+            before = end is None or c[: len(end.values)] < end.values  # type: ignore[operator]
+            on_start = start is not None and start.inclusive and c[: len(start.values)] == start.values
+            on_end = end is not None and end.inclusive and c[: len(end.values)] == end.values
+            return (after or on_start) and (before or on_end)
+
+        async def check(start: Bound | None, end: Bound | None) -> None:
+            expected = [c for c in keys if inside(c, start, end)]
+            for reverse in (False, True):
+                rows = await storage.scan(Scan(table, (0,), start, end, reverse=reverse))
+                found = [(row["a"], row["b"]) for row in rows]
+                assert found == (expected[::-1] if reverse else expected), (start, end, reverse)
+
+        await asyncio.gather(*(check(start, end) for start, end in itertools.product(bounds, bounds)))
+
+        first = await storage.scan(Scan(table, (0,), limit=2))
+        last = await storage.scan(Scan(table, (0,), limit=2, reverse=True))
+        assert [(row["a"], row["b"]) for row in first] == keys[:2]
+        assert [(row["a"], row["b"]) for row in last] == keys[::-1][:2]
+
+    async def test_a_long_scan_returns_every_row_and_stops_at_its_limit(self, storage: Storage):
+        for first in range(0, 2_500, 500):
+            await storage.mutate([Put(THINGS, key("n", n), {"small": n % 2}) for n in range(first, first + 500)])
+
+        everything = await storage.scan(Scan(THINGS, (0,)))
+        odd = await storage.scan(Scan(THINGS, (0,), where=(ColumnCondition("small", Operator.EQ, 1),), limit=1_100))
+
+        assert [row["number"] for row in everything] == list(range(2_500))
+        assert [row["number"] for row in odd] == list(range(1, 2_200, 2))
+
+    # Reads across partitions
+
+    async def test_a_scan_of_all_returns_the_rows_of_every_partition(self, storage: Storage):
+        assert await rows_of(storage, ScanAll(THINGS)) == []
+        for bucket in range(5):
+            await storage.mutate([Put(THINGS, key(number=n, bucket=bucket), {"small": n}) for n in range(bucket)])
+        expected = {(bucket, n) for bucket in range(5) for n in range(bucket)}
+
+        for page_size in (1, 3, 256):
+            rows = await rows_of(storage, ScanAll(THINGS), page_size)
+            assert sorted((row["bucket"], row["number"]) for row in rows) == sorted(expected)  # type: ignore[type-var]
+        assert {tuple(row) for row in rows} == {tuple(THINGS.columns)}
+
+    async def test_a_scan_of_all_filters_before_its_limit_counts(self, storage: Storage):
+        for bucket in range(4):
+            await storage.mutate([Put(THINGS, key(number=n, bucket=bucket), {"small": n}) for n in range(3)])
+        where = (ColumnCondition("small", Operator.GE, 1), ColumnCondition("bucket", Operator.NE, 0))
+
+        assert {row["small"] for row in await rows_of(storage, ScanAll(THINGS, where), 2)} == {1, 2}
+        for limit, page_size in itertools.product((1, 2, 5, 6, 7), (1, 2, 256)):
+            assert len(await rows_of(storage, ScanAll(THINGS, where, limit), page_size)) == min(limit, 6)
+
+    async def test_a_scan_of_all_sees_every_write_answered_before_it(self, storage: Storage):
+        for n in range(20):
+            await storage.mutate([Put(COUNTERS, Key((f"c{n}",)), {"value": n}, IfNotExists())])
+
+            assert len(await rows_of(storage, ScanAll(COUNTERS))) == n + 1
+
+    async def test_an_index_finds_the_rows_that_hold_the_value(self, storage: Storage):
+        await storage.create_table(INDEXED)
+        for bucket in range(3):
+            await storage.mutate(
+                [
+                    Put(INDEXED, Key((bucket,), (n,)), {"colour": ["red", "", None][n % 3], "size": n, "day": DAYS[n]})
+                    for n in range(6)
+                ]
+            )
+
+        red = await rows_of(storage, IndexScan(INDEXED, "colour", "red"), 2)
+        assert sorted((row["id"], row["n"]) for row in red) == [(b, n) for b in range(3) for n in (0, 3)]  # type: ignore[type-var]
+        assert len(await rows_of(storage, IndexScan(INDEXED, "colour", ""))) == 6
+        assert len(await rows_of(storage, IndexScan(INDEXED, "day", DAYS[4]))) == 3
+        assert await rows_of(storage, IndexScan(INDEXED, "size", 7)) == []
+
+        where = (ColumnCondition("n", Operator.GT, 0),)
+        assert len(await rows_of(storage, IndexScan(INDEXED, "colour", "red", where))) == 3
+        assert len(await rows_of(storage, IndexScan(INDEXED, "colour", "red", where, limit=2), 1)) == 2
+
+    async def test_an_index_follows_every_write(self, storage: Storage):
+        await storage.create_table(INDEXED)
+        where = Key((0,), (0,))
+
+        async def found(colour: str) -> int:
+            return len(await rows_of(storage, IndexScan(INDEXED, "colour", colour)))
+
+        await storage.mutate([Put(INDEXED, where, {"colour": "red"}, IfNotExists())])
+        assert (await found("red"), await found("blue")) == (1, 0)
+        await storage.mutate([Put(INDEXED, where, {"colour": "blue"}, IfExists())])
+        assert (await found("red"), await found("blue")) == (0, 1)
+        await storage.mutate([Put(INDEXED, where, {"colour": None}, IfExists())])
+        assert (await found("red"), await found("blue")) == (0, 0)
+        await storage.mutate([Put(INDEXED, where, {"colour": "red"}, IfExists())])
+        await storage.mutate([Delete(INDEXED, where, IfExists())])
+        assert await found("red") == 0
+
+    @pytest.mark.parametrize(
+        "selection",
+        [
+            ScanAll(THINGS, limit=-1),
+            ScanAll(THINGS, (ColumnCondition("missing", Operator.EQ, 1),)),
+            ScanAll(THINGS, (ColumnCondition("small", Operator.EQ, "1"),)),
+            ScanAll(replace(THINGS, name="absent")),
+            IndexScan(THINGS, "small", 1),
+            IndexScan(INDEXED, "note", "x"),
+            IndexScan(INDEXED, "id", 1),
+            IndexScan(INDEXED, "colour", None),
+            IndexScan(INDEXED, "colour", 1),
+            IndexScan(INDEXED, "colour", "red", limit=-1),
+            IndexScan(INDEXED, "colour", "red", (ColumnCondition("missing", Operator.EQ, 1),)),
+        ],
+        ids=repr,
+    )
+    async def test_a_read_across_partitions_that_does_not_fit_its_table_is_refused(
+        self, storage: Storage, selection: ScanAll | IndexScan
+    ):
+        await storage.create_table(INDEXED)
+        with pytest.raises(InvalidOperationError):
+            await rows_of(storage, selection)
+
     # Partitions
 
     async def test_partitions_are_those_that_hold_a_row(self, storage: Storage):
@@ -763,7 +1028,7 @@ class StorageContract:
 
     async def test_a_key_may_have_several_columns_of_any_type_but_floats(self, storage: Storage):
         columns = {"flag": T.BOOLEAN, "raw": T.BLOB, "text": T.TEXT, "day": T.INT, "on": T.BOOLEAN, "value": T.DOUBLE}
-        table = TableSchema("shop", "mixed", columns, ("text", "flag", "raw"), ("on", "day"))
+        table = TableSchema(MORE, "mixed", columns, ("text", "flag", "raw"), ("on", "day"))
         await storage.create_table(table)
         partitions = list(itertools.product(("", "x"), (False, True), (b"", b"\0", b"\xff")))
         for partition in partitions:
@@ -776,3 +1041,178 @@ class StorageContract:
         rows = await storage.scan(Scan(table, ("x", True, b"\0"), start=Bound((True,))))
         assert rows == [{"flag": True, "raw": b"\0", "text": "x", "day": 1, "on": True, "value": 0.5}]
         assert rows[0]["on"] is True
+
+    async def test_days_and_times_may_be_keys_and_keep_their_order(self, storage: Storage):
+        await storage.create_table(CALENDAR)
+        clusterings = list(itertools.product(INSTANTS, DAYS[:3], TIMES[:2]))
+        partition = (DAYS[0], TIMES[-1])
+        await storage.mutate([Put(CALENDAR, Key(partition, c), {"v": 1}) for c in reversed(clusterings)])
+        await storage.mutate([Put(CALENDAR, Key((DAYS[-1], TIMES[0]), clusterings[0]), {"v": 2})])
+
+        assert sorted(await storage.partitions(CALENDAR)) == [partition, (DAYS[-1], TIMES[0])]  # type: ignore[type-var]
+        rows = await storage.scan(Scan(CALENDAR, partition))
+        assert [(row["instant"], row["of"], row["at"]) for row in rows] == clusterings
+        after = await storage.scan(Scan(CALENDAR, partition, Bound((INSTANTS[2], DAYS[1]), inclusive=False)))
+        assert [(row["instant"], row["of"], row["at"]) for row in after] == clusterings[16:]
+        assert await storage.get(CALENDAR, Key(partition, clusterings[3])) == rows[3]
+
+    async def test_a_time_without_zone_is_held_to_the_millisecond_or_refused_as_a_type(self, storage: Storage):
+        table = TableSchema(MORE, "local", {"id": T.INT, "at": T.TIMESTAMP, "on": T.TIMESTAMP}, ("id",), ("at",))
+        if T.TIMESTAMP not in storage.info.data_types:
+            with pytest.raises(InvalidOperationError, match="TIMESTAMP"):
+                await storage.create_table(table)
+            return
+
+        await storage.create_table(table)
+        for instant in reversed(LOCAL_INSTANTS):
+            equal = condition("on", Operator.EQ, instant)
+            await storage.mutate([Put(table, Key((0,), (instant,)), {"on": instant})])
+            await storage.mutate([Put(table, Key((0,), (instant,)), {"on": instant}, equal)])
+        rows = await storage.scan(Scan(table, (0,), end=Bound((LOCAL_INSTANTS[3],))))
+        assert [(row["at"], row["on"]) for row in rows] == [(instant, instant) for instant in LOCAL_INSTANTS[:4]]
+        for bad in ("2024-02-29", 0, DAYS[0], INSTANTS[0], datetime.datetime(999, 1, 1), datetime.datetime.max):
+            with pytest.raises(InvalidOperationError, match="TIMESTAMP"):
+                await storage.mutate([Put(table, Key((0,), (LOCAL_INSTANTS[0],)), {"on": bad})])
+
+
+class AdministrationContract:
+    """What `AdministrableStorage` adds. An adapter's test file says how to make the storage; tables are dropped."""
+
+    NAMESPACE = "contract_admin"
+    TABLE = TableSchema(NAMESPACE, "goods", {"id": T.TEXT, "value": T.INT, "note": T.TEXT}, ("id",))
+
+    @pytest.fixture
+    async def storage(self) -> AdministrableStorage:
+        """The adapter under test."""
+        raise NotImplementedError
+
+    @pytest.fixture(autouse=True)
+    async def _nothing_left(self, storage: AdministrableStorage) -> AsyncIterator[None]:
+        yield
+        for table in await storage.tables():
+            if table.namespace == self.NAMESPACE:
+                await storage.drop_table(table)
+        await storage.drop_namespace(self.NAMESPACE)
+
+    async def test_a_namespace_exists_from_its_creation_until_it_is_dropped(self, storage: AdministrableStorage):
+        assert self.NAMESPACE not in await storage.namespaces()
+        await storage.create_namespace(self.NAMESPACE)
+        await storage.create_namespace(self.NAMESPACE)
+        assert self.NAMESPACE in await storage.namespaces()
+        assert self.NAMESPACE not in {table.namespace for table in await storage.tables()}
+
+        await storage.create_table(self.TABLE)
+        with pytest.raises(InvalidOperationError, match="still has tables"):
+            await storage.drop_namespace(self.NAMESPACE)
+        assert self.TABLE in await storage.tables()
+
+        await storage.drop_table(self.TABLE)
+        await storage.drop_namespace(self.NAMESPACE)
+        await storage.drop_namespace(self.NAMESPACE)
+        assert self.NAMESPACE not in await storage.namespaces()
+        for name in ("", "a b", "../up", '"'):
+            with pytest.raises(InvalidOperationError):
+                await storage.create_namespace(name)
+            with pytest.raises(InvalidOperationError):
+                await storage.drop_namespace(name)
+
+    async def test_a_dropped_table_leaves_nothing_behind(self, storage: AdministrableStorage):
+        indexed = replace(self.TABLE, indexes=frozenset({"note"}))
+        await storage.drop_table(self.TABLE)
+        await storage.create_table(indexed)
+        await storage.mutate([Put(indexed, Key(("a",)), {"note": "x"})])
+
+        await storage.drop_table(indexed)
+        await storage.drop_table(indexed)
+
+        assert self.TABLE.full_name not in {table.full_name for table in await storage.tables()}
+        with pytest.raises(InvalidOperationError, match="no table"):
+            await storage.get(indexed, Key(("a",)))
+        changed = replace(indexed, columns={"id": T.TEXT, "value": T.BIGINT, "note": T.TEXT})
+        await storage.create_table(changed)
+        assert await rows_of(storage, ScanAll(changed)) == []
+        await storage.mutate([Put(changed, Key(("a",)), {"value": 2**40, "note": "x"})])
+        assert len(await rows_of(storage, IndexScan(changed, "note", "x"))) == 1
+
+    async def test_a_truncated_table_is_empty_and_takes_rows_again(self, storage: AdministrableStorage):
+        await storage.create_table(self.TABLE)
+        for name in ("a", "b"):
+            await storage.mutate([Put(self.TABLE, Key((name,)), {"value": 1}, IfNotExists())])
+
+        await storage.truncate_table(self.TABLE)
+        await storage.truncate_table(self.TABLE)
+
+        assert await storage.partitions(self.TABLE) == []
+        await storage.mutate([Put(self.TABLE, Key(("a",)), {"value": 2}, IfNotExists())])
+        assert await storage.get(self.TABLE, Key(("a",))) == {"id": "a", "value": 2, "note": None}
+
+    async def test_an_added_column_is_null_until_it_is_written(self, storage: AdministrableStorage):
+        wider = replace(self.TABLE, columns={**self.TABLE.columns, "on": T.DATE})
+        await storage.create_table(self.TABLE)
+        await storage.mutate([Put(self.TABLE, Key(("a",)), {"value": 1})])
+
+        await storage.add_column(self.TABLE, "on", T.DATE)
+        await storage.add_column(self.TABLE, "on", T.DATE)
+        await storage.add_column(wider, "on", T.DATE)
+
+        assert wider in await storage.tables()
+        assert await storage.get(wider, Key(("a",))) == {"id": "a", "value": 1, "note": None, "on": None}
+        await storage.mutate([Put(wider, Key(("a",)), {"on": DAYS[0]}, condition("on", Operator.IS_NULL))])
+        assert await storage.get(wider, Key(("a",))) == {"id": "a", "value": 1, "note": None, "on": DAYS[0]}
+        with pytest.raises(InvalidOperationError, match="exists otherwise"):
+            await storage.get(self.TABLE, Key(("a",)))
+        for column, data_type in (("value", T.TEXT), ("id", T.INT), ("NOTE", T.TEXT), ("a b", T.INT)):
+            with pytest.raises(InvalidOperationError):
+                await storage.add_column(self.TABLE, column, data_type)
+        assert wider in await storage.tables()
+
+    async def test_an_index_that_is_added_finds_rows_that_were_there(self, storage: AdministrableStorage):
+        indexed = replace(self.TABLE, indexes=frozenset({"value"}))
+        await storage.create_table(self.TABLE)
+        for name in ("a", "b"):
+            await storage.mutate([Put(self.TABLE, Key((name,)), {"value": 1})])
+
+        await storage.create_index(self.TABLE, "value")
+        await storage.create_index(self.TABLE, "value")
+
+        assert indexed in await storage.tables()
+        assert len(await rows_of(storage, IndexScan(indexed, "value", 1))) == 2
+        assert await storage.get(self.TABLE, Key(("a",))) is not None
+        for column in ("id", "missing", "a b"):
+            with pytest.raises(InvalidOperationError):
+                await storage.create_index(self.TABLE, column)
+
+        await storage.drop_index(indexed, "value")
+        await storage.drop_index(indexed, "value")
+        await storage.drop_index(indexed, "note")
+        assert self.TABLE in await storage.tables()
+        with pytest.raises(InvalidOperationError):
+            await rows_of(storage, IndexScan(indexed, "value", 1))
+
+    async def test_a_table_that_lacks_an_index_is_another_table(self, storage: AdministrableStorage):
+        await storage.create_table(self.TABLE)
+        with pytest.raises(InvalidOperationError, match="not indexed"):
+            await storage.create_table(replace(self.TABLE, indexes=frozenset({"value"})))
+
+    async def test_a_table_that_does_not_exist_cannot_be_changed(self, storage: AdministrableStorage):
+        await storage.create_namespace(self.NAMESPACE)
+        for table in (self.TABLE, replace(self.TABLE, namespace="contract_absent")):
+            for call in (
+                storage.truncate_table(table),
+                storage.add_column(table, "more", T.INT),
+                storage.create_index(table, "value"),
+                storage.drop_index(table, "value"),
+            ):
+                with pytest.raises(InvalidOperationError, match="no table"):
+                    await call
+            await storage.drop_table(table)
+        assert "contract_absent" not in await storage.namespaces()
+
+    async def test_of_many_that_create_one_table_all_succeed(self, storage: AdministrableStorage):
+        indexed = replace(self.TABLE, indexes=frozenset({"value"}))
+
+        await asyncio.gather(*(storage.create_table(indexed) for _ in range(4)))
+
+        assert indexed in await storage.tables()
+        await storage.mutate([Put(indexed, Key(("a",)), {"value": 1}, IfNotExists())])
+        assert len(await rows_of(storage, IndexScan(indexed, "value", 1))) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from storage_contract import StorageContract
+from storage_contract import AdministrationContract, StorageContract
 
 from infra.storage.memory import MemoryStorage
 from infra.storage.operations import Atomicity
@@ -19,6 +19,12 @@ class TestMemoryStorageAtomicInANamespace(StorageContract):
     @pytest.fixture
     async def storage(self):
         return MemoryStorage(Atomicity.NAMESPACE)
+
+
+class TestMemoryStorageIsAdministrable(AdministrationContract):
+    @pytest.fixture
+    async def storage(self):
+        return MemoryStorage()
 
 
 def test_the_memory_says_what_it_promises():

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 from sqlite_process import COUNTERS, LANES, ROWS_A_LANE, generation_of
-from storage_contract import StorageContract
+from storage_contract import DAYS, INSTANTS, LOCAL_INSTANTS, TIMES, AdministrationContract, StorageContract
 
 from infra.storage.errors import (
     InvalidOperationError,
@@ -36,6 +36,14 @@ ROOT = Path(__file__).parents[2]
 
 
 class TestSqliteStorage(StorageContract):
+    @pytest.fixture
+    async def storage(self, tmp_path: Path) -> AsyncIterator[SqliteStorage]:
+        storage = SqliteStorage(tmp_path / "data")
+        yield storage
+        await storage.close()
+
+
+class TestSqliteStorageIsAdministrable(AdministrationContract):
     @pytest.fixture
     async def storage(self, tmp_path: Path) -> AsyncIterator[SqliteStorage]:
         storage = SqliteStorage(tmp_path / "data")
@@ -107,13 +115,19 @@ async def test_tables_and_rows_outlive_the_storage_object(directory: Path):
     table = TableSchema("shop", "all_types", {t.lower(): t for t in DataType}, ("text",), ("boolean", "blob"))
     first = SqliteStorage(directory)
     await first.create_table(table)
-    await first.mutate([Put(table, Key(("x",), (True, b"\0")), {"int": 1, "float": 0.5})])
+    times = {
+        "date": DAYS[0],
+        "time": TIMES[-1],
+        "timestamp": LOCAL_INSTANTS[-1],
+        "timestamptz": INSTANTS[1],
+    }
+    await first.mutate([Put(table, Key(("x",), (True, b"\0")), {"int": 1, "float": 0.5, **times})])
     await first.close()
 
     second = SqliteStorage(directory)
     assert await second.tables() == [table]
     row = {"boolean": True, "int": 1, "bigint": None, "float": 0.5, "double": None, "text": "x", "blob": b"\0"}
-    assert await second.get(table, Key(("x",), (True, b"\0"))) == row
+    assert await second.get(table, Key(("x",), (True, b"\0"))) == row | times
     await second.close()
 
 
