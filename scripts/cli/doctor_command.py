@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def examine(directory: Path) -> Iterator[Finding]:
     yield _python()
     yield from _packages()
     yield _attempt("java", _java)
-    yield _attempt("kafka archives", _archives)
+    for server in ("kafka", "cassandra", "dynamodb"):
+        yield _attempt(f"{server} archives", partial(_archives, server))
     yield _attempt("settings", lambda: _settings(directory))
     yield _attempt("directory", lambda: _directory(directory))
     system = System.find(directory)
@@ -94,13 +96,13 @@ def _java() -> str:
     return f"version {java.version} from {java.source}: {java.executable}"
 
 
-def _archives() -> str:
+def _archives(server: str) -> str:
     from infra.servers.artifacts import SERVERS, default_cache_dir, read_lock
 
     root = default_cache_dir() / "jars"
-    locked = read_lock(SERVERS["kafka"].lock_path)
+    locked = read_lock(SERVERS[server].lock_path)
     missing = sum(not (root / artifact.path).exists() for artifact in locked)
-    rest = f"; {missing} will be downloaded by the first start" if missing else ""
+    rest = f"; {missing} will be downloaded by its first start" if missing else ""
     return f"{len(locked) - missing} of {len(locked)} in {root}{rest}"
 
 

@@ -14,13 +14,22 @@ from pathlib import Path
 
 import pytest
 
-from infra.servers.artifacts import SERVERS, LockedArtifact, Server, class_path, default_cache_dir, read_lock
+from infra.servers.artifacts import (
+    SERVERS,
+    LockedArtifact,
+    Server,
+    class_path,
+    default_cache_dir,
+    read_lock,
+    write_lock,
+)
 from infra.servers.errors import ArtifactError
 
 ARCHIVES = {
     "org/example/alpha/1.0/alpha-1.0.jar": b"alpha" * 1000,
     "org/example/beta/2.1/beta-2.1.jar": b"beta" * 1000,
     "org/example/gamma/3/gamma-3-linux-x86_64.jar": b"gamma" * 1000,
+    "org/example/libdelta/4.0/libdelta-4.0.so": b"delta" * 1000,
 }
 
 
@@ -72,8 +81,8 @@ def test_missing_archives_are_downloaded_and_the_work_is_shown(
     paths = class_path(server, cache_dir=tmp_path / "cache", progress=lines.append)
 
     assert [path.read_bytes() for path in paths] == list(ARCHIVES.values())
-    assert "example 1.0: 3 Java archives" in lines[0]
-    assert lines[-1].endswith("3 of 3")
+    assert "example 1.0: 4 Java archives" in lines[0]
+    assert lines[-1].endswith("4 of 4")
 
 
 def test_what_is_cached_needs_no_repository(
@@ -142,14 +151,67 @@ def test_two_processes_that_download_at_once_both_get_whole_archives(
     )
     both = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
 
-    assert [process.communicate(timeout=60)[0].strip() for process in both] == ["3", "3"]
-    assert len(class_path(server, cache_dir=tmp_path / "cache")) == 3
+    assert [process.communicate(timeout=60)[0].strip() for process in both] == ["4", "4"]
+    assert len(class_path(server, cache_dir=tmp_path / "cache")) == 4
 
 
 def test_a_classifier_is_part_of_the_coordinate() -> None:
     artifact = LockedArtifact("org/example/gamma/3/gamma-3-linux-x86_64.jar", "0" * 64)
 
     assert artifact.coordinate == "org.example:gamma:3:linux-x86_64"
+
+
+def test_a_packaging_other_than_jar_is_part_of_the_coordinate_at_its_position() -> None:
+    plain = LockedArtifact("org/example/libdelta/4.0/libdelta-4.0.so", "0" * 64)
+    classified = LockedArtifact("org/example/gamma/3/gamma-3-linux.dylib", "0" * 64)
+
+    assert plain.coordinate == "org.example:libdelta:4.0::so:"
+    assert classified.coordinate == "org.example:gamma:3:linux:dylib:"
+
+
+def test_a_lock_file_names_the_whole_graph_except_what_is_excluded_with_what_only_that_needs(
+    tmp_path: Path, repository: Path
+) -> None:
+    dependencies = {
+        "alpha": [("beta", "2.1", "jar"), ("libdelta", "4.0", "so")],
+        "beta": [("epsilon", "5", "jar")],  # of which there is no archive: resolving it would fail
+        "libdelta": [],
+    }
+    versions = {"alpha": "1.0", "beta": "2.1", "libdelta": "4.0"}
+    for name, needed in dependencies.items():
+        elements = "".join(
+            f"<dependency><groupId>org.example</groupId><artifactId>{artifact}</artifactId>"
+            f"<version>{version}</version><type>{packaging}</type></dependency>"
+            for artifact, version, packaging in needed
+        )
+        pom = (
+            f"<project><modelVersion>4.0.0</modelVersion><groupId>org.example</groupId><artifactId>{name}</artifactId>"
+            f"<version>{versions[name]}</version><dependencies>{elements}</dependencies></project>"
+        )
+        file = repository / "org/example" / name / versions[name] / f"{name}-{versions[name]}.pom"
+        file.write_text(pom)
+        file.with_name(file.name + ".sha1").write_text(hashlib.sha1(pom.encode()).hexdigest())
+    server = Server("graph", "1", ("org.example:alpha:1.0",), tmp_path, excluded=("org.example:beta",))
+
+    write_lock(server, progress=lambda _: None)
+
+    assert [(artifact.path, artifact.sha256) for artifact in read_lock(tmp_path / "graph-1.sha256")] == [
+        (path, hashlib.sha256(ARCHIVES[path]).hexdigest())
+        for path in ("org/example/alpha/1.0/alpha-1.0.jar", "org/example/libdelta/4.0/libdelta-4.0.so")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "root"),
+    [("cassandra", "org.apache.cassandra:cassandra-all"), ("dynamodb", "com.amazonaws:DynamoDBLocal")],
+)
+def test_a_lock_names_the_server_in_the_pinned_version(name: str, root: str) -> None:
+    server = SERVERS[name]
+    locked = read_lock(server.lock_path)
+
+    assert f"{root}:{server.version}" in {artifact.coordinate for artifact in locked}
+    assert all(re.fullmatch("[0-9a-f]{64}", artifact.sha256) for artifact in locked)
+    assert len({artifact.coordinate for artifact in locked}) == len(locked)
 
 
 def test_kafkas_lock_names_the_broker_in_the_pinned_version_and_a_logging_binding() -> None:
