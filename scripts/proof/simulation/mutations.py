@@ -180,6 +180,7 @@ def _take_an_unanswered_commit_for_an_abort() -> list[Replacement]:
     whole = CoordinatorStates.commit_state
 
     async def commit_state(self: CoordinatorStates, tx_id: str, *args: Any, **kwargs: Any) -> Any:
+        self._tries = 1
         try:
             return await whole(self, tx_id, *args, **kwargs)
         except UnknownTransactionStatusError as error:
@@ -192,6 +193,7 @@ def _take_an_unanswered_commit_for_done() -> list[Replacement]:
     whole = CoordinatorStates.commit_state
 
     async def commit_state(self: CoordinatorStates, tx_id: str, *args: Any, **kwargs: Any) -> Any:
+        self._tries = 1
         try:
             return await whole(self, tx_id, *args, **kwargs)
         except UnknownTransactionStatusError:

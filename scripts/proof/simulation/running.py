@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,10 +20,15 @@ from scripts.proof.simulation.probes import never_hit
 from scripts.proof.simulation.world import run_seed
 
 CHUNK = 50
+PROGRESS = 1_000
 FULL_RUN = 300
 """So many seeds hit every probe: a run of as many that did not has proven too little."""
 COMMITTED_AT_LEAST = 0.5
 """Share of transactions that must have committed, faults and conflicts included: else nothing was put to the test."""
+
+
+_PROGRAM_ERRORS = ("TypeError", "AttributeError", "NameError", "KeyError")
+"""A mutation that no longer fits the engine's code raises these, which proves nothing."""
 
 
 @dataclass
@@ -33,6 +39,7 @@ class Tally:
     transactions: int = 0
     committed: int = 0
     calls: int = 0
+    cpu_s: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
     probes: Counter[str] = field(default_factory=Counter)
     violations: dict[int, tuple[str, ...]] = field(default_factory=dict)
@@ -42,6 +49,7 @@ class Tally:
         self.transactions += other.transactions
         self.committed += other.committed
         self.calls += other.calls
+        self.cpu_s += other.cpu_s
         self.faults += other.faults
         self.probes += other.probes
         self.violations |= other.violations
@@ -50,6 +58,7 @@ class Tally:
 def simulate(seeds: range, *, mutation: str | None = None, stop_at_violation: bool = False) -> Tally:
     """Run `seeds` here, one after another."""
     tally = Tally()
+    began_s = time.process_time()
     with planted(mutation) if mutation else nullcontext(), _quiet():
         for seed in seeds:
             verdict = run_seed(seed)
@@ -65,6 +74,7 @@ def simulate(seeds: range, *, mutation: str | None = None, stop_at_violation: bo
                     break
             if seed % CHUNK == 0:
                 gc.collect()
+    tally.cpu_s = time.process_time() - began_s
     return tally
 
 
@@ -88,6 +98,13 @@ def simulate_in_parallel(first: int, count: int, *, workers: int) -> Tally:
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for done in pool.map(simulate, chunks):
             tally.add(done)
+            if tally.seeds % PROGRESS == 0:
+                print(
+                    f"{tally.seeds} seeds, {tally.transactions} transactions, {sum(tally.faults.values())} faults,"
+                    f" {len(tally.violations)} seeds with violations",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return tally
 
 
@@ -95,7 +112,9 @@ def found_after(mutation: str, *, first: int, at_most: int) -> tuple[int, int | 
     """(seeds run, seed that found it or None, what it found) of one planted bug."""
     tally = simulate(range(first, first + at_most), mutation=mutation, stop_at_violation=True)
     for seed, violations in tally.violations.items():
-        return tally.seeds, seed, violations[0]
+        if not any(f"raised {name}" in violations[0] for name in _PROGRAM_ERRORS):
+            return tally.seeds, seed, violations[0]
+        return tally.seeds, None, f"the mutation itself is broken: {violations[0]}"
     return tally.seeds, None, ""
 
 
@@ -117,6 +136,7 @@ def prove_simulation(first: int, count: int, *, workers: int) -> dict[str, Any]:
         "probes": dict(sorted(tally.probes.items())),
         "probes_never_hit": missed,
         "seeds_per_second": round(tally.seeds / seconds, 1),
+        "seeds_per_cpu_second": round(tally.seeds / tally.cpu_s, 1),
         "violations": {str(seed): list(found) for seed, found in list(tally.violations.items())[:20]},
         "seeds_with_violations": len(tally.violations),
     }
