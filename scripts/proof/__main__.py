@@ -1,4 +1,7 @@
-"""`python -m scripts.proof replay|small-stock|chaos|histories`: run a long proof and print its report as JSON.
+"""`python -m scripts.proof replay|small-stock|chaos|histories|simulate`: run a long proof, print its report as JSON.
+
+`simulate --seeds N` plays the engine in simulated weather and starts nothing; `--seeds 1 --first SEED` plays one seed
+again; `--mutation NAME|all` plants bugs into the engine, and what is proven is that they are found.
 
 Exit code 0 only if everything held. Systems are started and stopped by the proof itself, in a new directory.
 """
@@ -18,6 +21,8 @@ from typing import Any
 from infra.consensus_commit.states import Isolation
 from scripts.proof import scenarios
 from scripts.proof.histories.command import NAMED, prove_histories
+from scripts.proof.simulation.mutations import MUTATIONS
+from scripts.proof.simulation.running import prove_mutations, prove_simulation
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,7 +49,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=1)
     command.add_argument("--isolation", type=Isolation, choices=list(Isolation), action="append", help="default: all")
     command.add_argument("--work", type=Path, help="keep the storage's data in this directory")
+    simulate = commands.add_parser("simulate", help="the engine in simulated weather: nothing is started")
+    simulate.add_argument("--seeds", type=int, default=1_000, help="how many; with --mutation: at most, for each")
+    simulate.add_argument("--first", type=int, default=0, metavar="SEED")
+    simulate.add_argument("--workers", type=int, default=2, help="processes to simulate in")
+    simulate.add_argument("--mutation", choices=(*MUTATIONS, "all"), help="plant this bug, which must be found")
     return parser
+
+
+def _simulate(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.mutation is None:
+        return prove_simulation(arguments.first, arguments.seeds, workers=arguments.workers)
+    names = list(MUTATIONS) if arguments.mutation == "all" else [arguments.mutation]
+    return prove_mutations(names, first=arguments.first, at_most=arguments.seeds, workers=arguments.workers)
 
 
 def _run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -67,6 +84,7 @@ def _run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             seed=arguments.seed,
             isolations=tuple(arguments.isolation or Isolation),
         ),
+        "simulate": lambda: _simulate(arguments),
     }
     return run[arguments.scenario]()
 
@@ -78,10 +96,11 @@ def main() -> int:
         if not file.is_file():
             print(f"There is no file {file}.", file=sys.stderr)
             return 2
-    if arguments.work is not None and arguments.work.exists() and any(arguments.work.iterdir()):
-        print(f"{arguments.work} is not empty: a proof begins with nothing.", file=sys.stderr)
+    kept: Path | None = getattr(arguments, "work", None)
+    if kept is not None and kept.exists() and any(kept.iterdir()):
+        print(f"{kept} is not empty: a proof begins with nothing.", file=sys.stderr)
         return 2
-    work = arguments.work or Path(tempfile.mkdtemp(prefix="concord-proof."))
+    work = kept or Path(tempfile.mkdtemp(prefix="concord-proof."))
     started_s = time.monotonic()
     try:
         report: dict[str, Any] = {"scenario": arguments.scenario}
@@ -89,7 +108,7 @@ def main() -> int:
             report["files"] = [str(file) for file in files]
         report |= _run(arguments, work)
     finally:
-        if arguments.work is None:
+        if kept is None:
             shutil.rmtree(work, ignore_errors=True)
     print(json.dumps({**report, "seconds": round(time.monotonic() - started_s, 1)}, indent=1, ensure_ascii=False))
     return 0 if report["holds"] else 1
