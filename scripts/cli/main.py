@@ -19,6 +19,7 @@ from scripts.cli import (
     table_command,
     tail_command,
     topics_command,
+    tx_command,
     up_command,
 )
 
@@ -46,6 +47,7 @@ for family in (
     topics_command,
     doctor_command,
     schema_command,
+    tx_command,
 ):
     family.register(app)
 

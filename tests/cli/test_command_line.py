@@ -49,10 +49,13 @@ COMMANDS = {
     "schema coordinator create",
     "schema coordinator show",
     "schema coordinator drop",
+    "tx show",
+    "tx recover",
+    "tx finish",
     "history",
     "rebuild order-history",
 }
-"""What the contract names, the two that read and rebuild the order history, and those that care for tables."""
+"""What the contract names, those that read and rebuild the order history, and those for tables and transactions."""
 
 HEAVY = (
     "ray",
@@ -170,6 +173,9 @@ def test_the_code_of_many_outcomes_is_the_worst() -> None:
         (("schema", "apply", "none.json"), ExitCode.USAGE),
         (("schema", "coordinator", "show"), ExitCode.UNREACHABLE),
         (("schema", "coordinator", "drop"), ExitCode.UNREACHABLE),
+        (("tx", "show", "an-id"), ExitCode.UNREACHABLE),
+        (("tx", "recover", "an-id"), ExitCode.UNREACHABLE),
+        (("tx", "finish", "an-id"), ExitCode.UNREACHABLE),
         (("up", "--profile", "stack"), ExitCode.USAGE),
         (("up", "--profile", "moon"), ExitCode.USAGE),
     ],
