@@ -68,6 +68,16 @@ def opened(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> Abstrac
     return _OPENERS[name](request, tmp_path)
 
 
+def in_namespaces(storage: Storage) -> Storage:
+    """`storage`, whose atomic units reach no further than a namespace.
+
+    DynamoDB writes a whole transaction at once; with this, one over two namespaces is in two units there, too.
+    """
+    if isinstance(storage, RememberingStorage) and storage.info.atomicity is Atomicity.STORAGE:
+        storage.unit = Atomicity.NAMESPACE
+    return storage
+
+
 def _memory(request: pytest.FixtureRequest, tmp_path: Path) -> AbstractAsyncContextManager[Storage]:
     return _closing(MemoryStorage(atomicity=Atomicity.PARTITION))
 

@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 from protocol_world import World
 
-from infra.storage.operations import Atomicity
 from infra.storage.port import Storage
-from tests.storages import LOCAL, SERVERS, STORAGES, RememberingStorage, opened
+from tests.storages import LOCAL, SERVERS, STORAGES, in_namespaces, opened
 
 SCENARIO = "test_scenario_"
 SAMPLES = {"cassandra": 1, "dynamodb": 1, "multi": 1}
 """How many cases of each test a server plays."""
 MORE_SAMPLES = {
+    "test_scenario_53_all_or_nothing_whichever_call_fails": 3,
     # One with each way to read.
     "test_scenario_07_a_prepared_record_whose_state_is_committed_is_read_as_its_after_image_and_rolled_forward": 6,
     "test_scenario_08_a_prepared_record_whose_state_is_aborted_is_read_as_its_before_image_and_rolled_back": 6,
@@ -32,9 +32,11 @@ MORE_SAMPLES = {
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "opening" in metafunc.fixturenames:
-        everywhere = metafunc.function.__name__.startswith(SCENARIO)
-        metafunc.parametrize("opening", STORAGES if everywhere else LOCAL, indirect=True)
+    chosen = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
+    for fixture in ("opening", "new_world"):
+        if fixture in metafunc.fixturenames and fixture not in chosen:
+            everywhere = metafunc.function.__name__.startswith(SCENARIO)
+            metafunc.parametrize(fixture, STORAGES if everywhere else LOCAL, indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -44,7 +46,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     cases: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
     for item in items:
         if isinstance(item, pytest.Function) and item.path.parent == Path(__file__).parent:
-            storage = getattr(item, "callspec", None) and item.callspec.params.get("opening")
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            storage = parameters.get("opening") or parameters.get("new_world")
             if storage in SERVERS:
                 cases[(item.originalname, storage)].append(item)
     left_out = {
@@ -73,10 +76,7 @@ def opening(request: pytest.FixtureRequest, tmp_path: Path) -> AbstractAsyncCont
 @pytest.fixture
 async def storage(opening: AbstractAsyncContextManager[Storage]) -> AsyncIterator[Storage]:
     async with opening as made:
-        if isinstance(made, RememberingStorage) and made.info.atomicity is Atomicity.STORAGE:
-            # DynamoDB writes a whole transaction at once; the scenarios are about those that cannot be.
-            made.unit = Atomicity.NAMESPACE
-        yield made
+        yield in_namespaces(made)
 
 
 @pytest.fixture
