@@ -58,6 +58,7 @@ URL_OPTIONS: Mapping[str, Mapping[str, str]] = {
         "replication-strategy": "replication_strategy",
         "compaction-strategy": "compaction_strategy",
     },
+    "dynamodb": {"ru": "units"},
 }
 """By the URL's scheme: an option of a schema file, and what it is called in the URL's query."""
 
@@ -94,13 +95,12 @@ class Place:
         """A connection whose new tables and namespaces get `options`, as far as this storage knows them."""
         names = URL_OPTIONS.get(self.scheme, {})
         chosen = {**self.options, **options}
-        query = {names[name]: value for name, value in chosen.items() if name in names}
+        wanted = {names[name]: value for name, value in chosen.items() if name in names}
+        # What stands in the URL itself was written for this storage alone, and the file for any.
         parts = urlsplit(self.url)
-        url = self.url
-        if query:
-            # What stands in the URL itself was written for this storage alone, and the file for any.
-            merged = {**query, **dict(parse_qsl(parts.query))}
-            url = urlunsplit(parts._replace(query=urlencode(merged)))
+        there = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
+        more = urlencode({name: value for name, value in wanted.items() if name not in there})
+        url = urlunsplit(parts._replace(query="&".join(filter(None, (parts.query, more))))) if more else self.url
         if url not in self._open:
             self._open[url] = cast(AdministrableStorage, connect(url))
         return self._open[url]

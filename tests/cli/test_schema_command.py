@@ -14,12 +14,13 @@ import pytest
 from typer.testing import CliRunner
 
 from infra.consensus_commit.metadata import transactional
+from infra.storage.errors import InvalidOperationError
 from infra.storage.operations import DataType, Key, Put, TableSchema
 from infra.storage.schema_file import parse
 from infra.storage.sqlite import SqliteStorage
 from scripts.cli.exit_codes import ExitCode
 from scripts.cli.main import app
-from scripts.cli.schema import Place
+from scripts.cli.schema import URL_OPTIONS, Place
 from scripts.cli.system import lock_path
 
 AUDITOR = Path(__file__).resolve().parents[2] / "schemas" / "auditor.schema.json"
@@ -333,19 +334,45 @@ def test_options_that_mean_nothing_to_the_storage_are_named(shop: Shop) -> None:
     assert "compaction-strategy, ru mean nothing to sqlite:" in err
 
 
-def test_options_reach_cassandra_in_its_url_and_what_the_url_says_itself_counts(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("url", "reached"),
+    [
+        (
+            "cassandra://a:9042,b/?local_dc=x&replication_factor=2",
+            "cassandra://a:9042,b/?local_dc=x&replication_factor=2&compaction_strategy=LCS",
+        ),
+        ("cassandra://a", "cassandra://a?replication_factor=3&compaction_strategy=LCS"),
+        ("dynamodb://?region=r", "dynamodb:?region=r&units=10"),
+        ("sqlite:///tmp/x", "sqlite:///tmp/x"),
+    ],
+)
+def test_options_reach_a_storage_in_its_url_and_what_the_url_says_itself_counts(
+    monkeypatch: pytest.MonkeyPatch, url: str, reached: str
 ) -> None:
     urls: list[str] = []
-    monkeypatch.setattr("scripts.cli.schema.connect", lambda url: urls.append(url))
-    place = Place("cassandra://host:9042?local_dc=a&replication_factor=2", {"replication-factor": "3"})
+    monkeypatch.setattr("scripts.cli.schema.connect", urls.append)
 
-    place.storage_with({"compaction-strategy": "LCS"})
+    Place(url, {"replication-factor": "3"}).storage_with({"compaction-strategy": "LCS", "ru": "10"})
 
-    assert urls == [
-        "cassandra://host:9042?replication_factor=2&compaction_strategy=LCS&local_dc=a",
-    ]
-    assert place.unknown(["ru", "compaction-strategy"]) == ["ru"]
+    assert urls == [reached]
+
+
+SENSIBLE = {
+    "replication-factor": "1",
+    "replication-strategy": "SimpleStrategy",
+    "compaction-strategy": "LCS",
+    "ru": "10",
+}
+
+
+@pytest.mark.parametrize("url", ["cassandra://a:9042/", "dynamodb://?region=r"])
+def test_every_option_has_the_name_that_its_storage_takes(url: str) -> None:
+    place = Place(url)
+
+    place.storage_with({name: SENSIBLE[name] for name in URL_OPTIONS[place.scheme]})
+
+    with pytest.raises(InvalidOperationError):
+        Place(url).storage_with(dict.fromkeys(URL_OPTIONS[place.scheme], "nonsense"))
 
 
 def test_without_a_file_the_systems_own_tables_are_declared(tmp_path: Path) -> None:
