@@ -1,6 +1,6 @@
-"""A process that runs through everything the engine does, on SQLite, and may be killed anywhere on the way.
+"""A process that runs through everything the engine does, on any storage, and may be killed anywhere on the way.
 
-`python crashing_process.py DIRECTORY`: see `test_engine_failpoints.py`, which arms the failpoints and looks at what
+`python crashing_process.py URL`: see `test_engine_failpoints.py`, which arms the failpoints and looks at what
 remains.
 Every transaction moves an amount from an account to the stock with the same number, or fails and moves nothing.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from pathlib import Path
 
 from protocol_world import ABORTED, ACCOUNT, COMMITTED, STOCK, World, key
 
@@ -20,7 +19,7 @@ from infra.consensus_commit.intents import Intent, IntentLog, new_intended_id
 from infra.consensus_commit.participant import ParticipantTransaction
 from infra.consensus_commit.states import Isolation
 from infra.consensus_commit.transaction import Transaction
-from infra.storage.sqlite import SqliteStorage
+from infra.storage.connect import connect
 
 PAIRS = 7
 AMOUNT = 5
@@ -75,8 +74,8 @@ async def recover_what_others_left(world: World, first: int) -> None:
     await world.settled()
 
 
-async def main(directory: Path) -> None:
-    world = World(SqliteStorage(directory))
+async def main(url: str) -> None:
+    world = World(connect(url))
     await commit_with_intent(world, 1)
     await lose_a_conflict(world, 2)
     await commit_in_one_phase(world, 3)
@@ -85,4 +84,4 @@ async def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1])))
+    asyncio.run(main(sys.argv[1]))

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from protocol_world import ABORTED, ACCOUNT, COMMITTED, World, key, row, whole
 
-from infra.consensus_commit.errors import IllegalOperationError, ValidationConflictError
+from infra.consensus_commit.errors import IllegalOperationError, UncommittedRecordError, ValidationConflictError
 from infra.consensus_commit.states import Isolation, TransactionState
 from infra.consensus_commit.transaction import Transaction
 from infra.storage.operations import Bound, ColumnCondition, Operator, Row, Scan, ScanAll, Selection
@@ -188,6 +188,23 @@ async def test_scenario_05_a_record_that_a_scanner_returned_is_what_a_write_is_c
     with pytest.raises(Exception, match="not as it was read"):
         await transaction.commit()
     assert await world.balances() == {("account", 1, 1): 15}
+
+
+async def test_scenario_05_a_scanner_that_has_failed_is_not_taken_for_one_that_has_seen_everything(
+    world: World,
+) -> None:
+    await world.given({1: 10, 2: 20, 3: 30})
+    await world.orphan(lambda dead: dead.update(ACCOUNT, key(2), {"balance": 21}))
+    transaction = world.begin(Isolation.SNAPSHOT)
+    async with transaction.scanner(whole()) as scanner:
+        assert await scanner.one() == row(1, 10)
+        with pytest.raises(UncommittedRecordError):
+            await scanner.one()
+        with pytest.raises(IllegalOperationError, match="failed"):
+            await scanner.one()
+    world.expire()
+
+    assert await transaction.scan(whole()) == [row(1, 10), row(2, 20), row(3, 30)]
 
 
 async def test_scenario_06_a_commit_with_an_open_scanner_is_refused(world: World) -> None:
