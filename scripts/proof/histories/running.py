@@ -67,6 +67,7 @@ _READ_BACK = 8
 _SWEEP_EVERY = 60
 _BACKOFF = 40
 _SURE_DECISIONS = 3
+_CACHED = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +168,7 @@ class _Process:
             one_phase_commit=self.one_phase_commit,
             async_commit=slot % 3 != 2,
             name=f"{run.name}-{slot}" if slot % 3 != 1 else None,
+            cache_records=_CACHED if slot % 3 != 1 else 0,
             coordinator_namespace=COORDINATOR_NAMESPACE,
             transaction_lifetime_ms=plan.lifetime_ms,
             on_recovered=run.note_recovered,
