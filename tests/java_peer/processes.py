@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ NO_COMPILER = (
     "no javac was found: install a JDK of version 11 or newer (Debian: apt-get install openjdk-17-jdk-headless),"
     " or point JAVA_HOME at one"
 )
+
+_PATIENCE_S = 60
 
 Line = dict[str, Any]
 
@@ -91,17 +93,21 @@ class PeerProcess:
         """Send a command and wait for its answer."""
         return await self.begin(do, **command)
 
-    async def event(self, wanted: Callable[[Line], bool], *, seconds: float = 60) -> Line:
+    async def event(self, wanted: Callable[[Line], bool]) -> Line:
         """The first event that is `wanted`, had or to come."""
-        await self.events_until(lambda events: any(map(wanted, events)), seconds=seconds)
+        await self.events_until(lambda events: any(map(wanted, events)))
         return next(filter(wanted, self.events))
 
-    async def events_until(self, enough: Callable[[list[Line]], bool], *, seconds: float = 60) -> None:
-        """Wait until the events are `enough`."""
-        async with asyncio.timeout(seconds), self._grown:
+    async def events_until(
+        self, enough: Callable[[list[Line]], bool], *, during: Sequence[asyncio.Future[Any]] = ()
+    ) -> None:
+        """Wait until the events are `enough`. None of the commands `during` which they come may end before that."""
+        async with asyncio.timeout(_PATIENCE_S), self._grown:
             while not enough(self.events):
                 if self._reading.done():
                     raise PeerGoneError(self._last_words())
+                for ended in (answer for answer in during if answer.done()):
+                    raise AssertionError(f"it was to be held, and ended: {ended.result()}")
                 await self._grown.wait()
 
     async def kill(self) -> None:
@@ -141,8 +147,11 @@ class PeerProcess:
                 continue
             if "error" in line:
                 answer.set_exception(PeerError(line["error"], line["message"]))
+                answer.exception()  # Whoever began a command may not ask.
             else:
                 answer.set_result(line["result"])
+            async with self._grown:
+                self._grown.notify_all()
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(PeerGoneError(self._last_words()))

@@ -19,7 +19,7 @@ from typing import Any, cast
 from infra.clock import SystemClock
 from infra.consensus_commit.errors import TransactionConflictError, UnknownTransactionStatusError
 from infra.consensus_commit.manager import TransactionManager
-from infra.consensus_commit.metadata import layout_of
+from infra.consensus_commit.metadata import is_transactional, layout_of
 from infra.consensus_commit.transaction import Transaction
 from infra.storage.cassandra import CassandraStorage
 from infra.storage.errors import StorageError
@@ -191,7 +191,11 @@ async def main() -> None:
             case "transaction":
                 assert manager is not None
                 assert storage is not None
-                tables = {table.full_name: layout_of(table).user for table in await storage.tables()}
+                tables = {
+                    table.full_name: layout_of(table).user
+                    for table in await storage.tables()
+                    if is_transactional(table)
+                }
                 await run_steps(manager, tables, command["steps"])
             case "mix":
                 assert manager is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import itertools
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from infra.consensus_commit import write_set
 from infra.consensus_commit.coordinator import group_and_child
 from infra.consensus_commit.errors import UncommittedRecordError
 from infra.consensus_commit.manager import TransactionManager
@@ -17,7 +19,7 @@ from infra.consensus_commit.states import TransactionState
 from infra.storage.operations import IndexScan, Key, Row, TableSchema, Value
 from tests.java_peer.conftest import COORDINATORS, JAVA_MADE, PYTHON_MADE, Cql, Peers
 from tests.java_peer.mixed_tables import every_type_table
-from tests.java_peer.processes import PeerProcess, start_python
+from tests.java_peer.processes import PeerError, PeerProcess, start_python
 from tests.java_peer.values import columns_to_json, row_from_json
 
 EVERY_TYPE = {side: every_type_table(side, "every_type") for side in (JAVA_MADE, PYTHON_MADE)}
@@ -58,6 +60,9 @@ KEYS: Mapping[str, tuple[Value, ...]] = {
     "zero": (datetime.date(1970, 1, 1), 0, datetime.time(1)),
     "nothing": (datetime.date(1582, 10, 15), -1, datetime.time(1)),
 }
+
+SLOWER_THAN_ITS_GROUP_MS = 2_500
+"""ScalarDB moves a transaction out of its group 1.2 s after the others are ready."""
 
 numbers = itertools.count()
 
@@ -308,9 +313,12 @@ async def test_java_settles_what_a_killed_python_program_left(peers: Peers, phas
     # Its clock is behind, so that its records have expired when a Java program finds them.
     await python.ask("open", port=peers.port, **PYTHON_OF_OLD)
     await python.ask("hold", at=phase)
-    for doomed in all_doomed:
-        python.begin("transaction", steps=doomed.steps)
-    await python.events_until(lambda events: sum(event["event"] == "held" for event in events) >= len(all_doomed))
+    holds = 1 if phase == "commit_state" else 3  # each record lies in a partition of its own
+    under_way = [python.begin("transaction", steps=doomed.steps) for doomed in all_doomed]
+    await python.events_until(
+        lambda events: sum(event["event"] == "held" for event in events) >= len(all_doomed) * holds,
+        during=under_way if phase == "commit_state" else (),  # after it, a commit has been answered
+    )
     await python.kill()
     for doomed in all_doomed:
         assert await doomed.states(peers) == IN_DOUBT
@@ -324,3 +332,86 @@ async def test_java_settles_what_a_killed_python_program_left(peers: Peers, phas
     reading = peers.python("java_plain")
     for doomed in all_doomed:
         assert await python_reads(reading, doomed.table, *doomed.keys) == doomed.expected(committed=committed)
+
+
+@pytest.mark.parametrize("coordinator", ["java_plain", "java_grouping"])
+async def test_a_java_program_that_was_overruled_while_it_slept_hears_that_it_conflicted(
+    peers: Peers, coordinator: str
+) -> None:
+    doomed = Doomed(EVERY_TYPE[JAVA_MADE], "plain", "largest")
+    python = peers.python(coordinator, lifetime_ms=1)
+    await doomed.settle(python)
+    java = await peers.java(coordinator)
+    await java.ask("hold", manager=coordinator, at="commit_state")
+    sleeping = java.begin("transaction", manager=coordinator, steps=doomed.steps)
+    await java.event(lambda line: line["event"] == "held")
+    assert await python_reads(python, doomed.table, *doomed.keys) == doomed.expected(committed=False)
+    await java.ask("release", manager=coordinator)
+    with pytest.raises(PeerError, match="CommitConflictException"):
+        await sleeping
+    assert await java_reads(java, coordinator, doomed.table, *doomed.keys) == doomed.expected(committed=False)
+    await java.stop()
+
+
+# -- ScalarDB's group commit, and its log of what was written
+
+
+async def test_transactions_that_a_java_program_committed_in_groups_are_seen_committed(peers: Peers) -> None:
+    """Some share a row under their group's id; a slow one has left its group and has a row of its own."""
+    table = EVERY_TYPE[JAVA_MADE]
+    keys = [record("plain", fresh("in a group"))[0] for _ in range(8)]
+    java = await peers.java("java_grouping")
+    slow = {"do": "wait", "milliseconds": SLOWER_THAN_ITS_GROUP_MS}
+    answers = await asyncio.gather(
+        *(
+            java.ask(
+                "transaction",
+                manager="java_grouping",
+                steps=[step("insert", table, key, {"an_int": number}), *([slow] if number == 7 else [])],
+            )
+            for number, key in enumerate(keys)
+        )
+    )
+    await java.stop()
+    python = peers.python("java_grouping")
+    children = 0
+    for number, (key, answer) in enumerate(zip(keys, answers, strict=True)):
+        state = await python.states.get_state(answer["tx_id"])
+        assert state is not None
+        assert (state.tx_id, state.state) == (answer["tx_id"], TransactionState.COMMITTED)
+        group = group_and_child(answer["tx_id"])
+        assert group is not None
+        if state.child_ids:
+            assert group[1] in state.child_ids
+            children += 1
+        row = await stored(peers, table, key)
+        assert row is not None
+        assert (row["tx_id"], row["tx_state"], row["an_int"]) == (answer["tx_id"], 3, number)
+        assert row["tx_committed_at"] == state.created_at_ms
+    slowest = await python.states.get_state(answers[7]["tx_id"])
+    assert slowest is not None
+    assert slowest.child_ids == ()
+    assert children >= 2
+
+
+async def test_the_write_set_that_a_java_program_logged_names_what_it_wrote(peers: Peers) -> None:
+    doomed = Doomed(EVERY_TYPE[PYTHON_MADE], "smallest", "largest")
+    python = peers.python("java_logging")
+    await doomed.settle(python)
+    java = await peers.java("java_logging")
+    answer = await java.ask("transaction", manager="java_logging", steps=doomed.steps)
+    await java.stop()
+    state = await python.states.get_state(answer["tx_id"])
+    assert state is not None
+    assert state.write_set is not None
+    written = write_set.decode(state.write_set)
+    table = doomed.table
+    assert {(one.namespace, one.table) for one in written} == {(table.namespace, table.name)}
+    keys = {
+        Key(
+            tuple(one.partition_key[name] for name in table.partition_key),
+            tuple(one.clustering_key[name] for name in table.clustering_key),
+        )
+        for one in written
+    }
+    assert keys == {*doomed.keys}
