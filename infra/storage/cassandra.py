@@ -357,6 +357,7 @@ class CassandraStorage:
             if other.lower() == name.lower():
                 raise InvalidOperationError(f"namespaces {name} and {other} differ only by case")
         replication = await self._replication()
+        await self._refuse_shortfall(name, replication)
         # ScalarDB makes its metadata's keyspace with the first table. On Cassandra it holds nothing there.
         for keyspace in (self._metadata_namespace, name):
             await self._session.administer(cql.create_keyspace(keyspace, replication), f"creating the keyspace {name}")
@@ -452,15 +453,18 @@ class CassandraStorage:
         what = f"looking up the keyspace {namespace}"
         statement = schema.SELECT_KEYSPACES + schema.OF_KEYSPACE
         for _name, replication in await self._session.administer(statement, what, (namespace,)):
-            shortfall = schema.quorum_shortfall(replication or {}, await self._session.live_nodes())
-            if shortfall:
-                raise UnavailableStorageError(
-                    f"the keyspace {namespace} cannot be used: {shortfall}",
-                    remedy=(
-                        "bring more nodes up, or lower the keyspace's replication with ALTER KEYSPACE"
-                        " (replication_factor is the setting for new ones)"
-                    ),
-                )
+            await self._refuse_shortfall(namespace, replication or {})
+
+    async def _refuse_shortfall(self, namespace: str, replication: Mapping[str, str]) -> None:
+        shortfall = schema.quorum_shortfall(replication, await self._session.live_nodes())
+        if shortfall:
+            raise UnavailableStorageError(
+                f"the keyspace {namespace} cannot be used: {shortfall}",
+                remedy=(
+                    "bring more nodes up, or lower the keyspace's replication with ALTER KEYSPACE"
+                    " (replication_factor is the setting for new ones)"
+                ),
+            )
 
     async def _replication(self) -> dict[str, str]:
         """The replication of a new keyspace."""
