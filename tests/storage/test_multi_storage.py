@@ -13,7 +13,9 @@ import pytest
 from storage_contract import COUNTERS, ELSEWHERE, THINGS, AdministrationContract, StorageContract
 
 from infra.clock import ManualClock
+from infra.consensus_commit.errors import TransactionConflictError
 from infra.consensus_commit.manager import TransactionManager
+from infra.consensus_commit.metadata import transactional
 from infra.consensus_commit.recovery import TRANSACTION_LIFETIME_MS
 from infra.storage.connect import connect
 from infra.storage.errors import InvalidOperationError, UnavailableStorageError
@@ -267,6 +269,55 @@ async def test_one_transaction_writes_to_all_storages(spread: MultiStorage):
     assert await _balances(manager) == [98, 101, 101]
     assert len(await spread.partitions(manager.states.table)) == 2, "a state row for each: no commit in one phase"
     await manager.close()
+
+
+async def test_one_transaction_spans_sqlite_memory_cassandra_and_dynamodb(
+    tmp_path: Path, cassandra_storage: Storage, dynamodb_storage: Storage
+):
+    """Every record in a database of its own: balances move through all, or through none where one of them refuses."""
+    storages = {
+        "files": SqliteStorage(tmp_path),
+        "heap": MemoryStorage(),
+        "ring": cassandra_storage,
+        "cloud": dynamodb_storage,
+    }
+    multi = MultiStorage(storages, {"multi_ring": "ring", "multi_cloud": "cloud", "multi_heap": "heap"}, "files")
+    accounts = [replace(ACCOUNTS[0], namespace=f"multi_{place}") for place in ("files", "heap", "ring", "cloud")]
+    manager = TransactionManager(multi)
+    await manager.create_coordinator_tables()
+    key = Key((1,))
+    try:
+        for account in accounts:
+            await manager.create_table(account)
+            await multi.truncate_table(transactional(account))
+        async with manager.begin() as transaction:
+            for account in accounts:
+                await transaction.insert(account, key, {"balance": 100})
+            await transaction.commit()
+
+        async with manager.begin() as first, manager.begin() as second:
+            for transaction, change in ((first, 1), (second, 10)):
+                for account in accounts:
+                    row = await transaction.get(account, key)
+                    assert row is not None
+                    await transaction.update(account, key, {"balance": 100 + change})
+            await first.commit()
+            with pytest.raises(TransactionConflictError):
+                await second.commit()
+
+        async with manager.begin(read_only=True) as transaction:
+            rows = [await transaction.get(account, key) for account in accounts]
+            await transaction.commit()
+        assert [row and row["balance"] for row in rows] == [101] * 4
+        await manager.close()
+        stored = [await multi.get(transactional(account), key) for account in accounts]
+        assert [(row and row["tx_version"], row and row["before_balance"]) for row in stored] == [(2, None)] * 4
+        assert len({row and row["tx_id"] for row in stored}) == 1
+    finally:
+        for account in accounts:
+            await multi.drop_table(transactional(account))
+            await multi.drop_namespace(account.namespace)
+        await storages["files"].close()
 
 
 @pytest.mark.parametrize("kind", [Kind.CRASH_BEFORE, Kind.CRASH_AFTER])
