@@ -68,10 +68,49 @@ def test_a_url_that_names_no_storage_is_refused_with_the_forms_that_do(url: str)
     assert "memory:" in str(caught.value) or "NUL" in str(caught.value)
 
 
+async def test_a_dynamodb_url_names_a_region_and_what_differs():
+    plain = connect("dynamodb://?region=ap-northeast-1")
+    other = connect("dynamodb://?region=local&endpoint=http%3A%2F%2F127.0.0.1%3A8000&prefix=try_&units=10")
+    literal = connect("dynamodb:?endpoint=http://127.0.0.1:8000")
+
+    assert plain.info.options == {"region": "ap-northeast-1", "endpoint": "", "prefix": ""}
+    assert other.info.options == {"region": "local", "endpoint": "http://127.0.0.1:8000", "prefix": "try_"}
+    assert literal.info.options["endpoint"] == "http://127.0.0.1:8000"
+    assert (plain.info.atomicity, plain.info.max_mutations) == (Atomicity.STORAGE, 100)
+    for storage in (plain, other, literal):
+        await storage.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "dynamodb://key:secret@?region=local",
+        "dynamodb://ap-northeast-1",
+        "dynamodb:///table?region=local",
+        "dynamodb://?region=local#x",
+        "dynamodb://?region=local&secret=x",
+        "dynamodb://?region=local&units=0",
+        "dynamodb://?region=local&units=ten",
+        "dynamodb://?region=local&endpoint=127.0.0.1:8000",
+        "dynamodb://?region=local&endpoint=http://key:secret@host",
+        "dynamodb://?region=local&prefix=a.b",
+    ],
+)
+def test_a_dynamodb_url_of_another_form_is_refused_and_no_credential_repeated(url: str):
+    with pytest.raises(InvalidOperationError) as caught:
+        connect(url)
+
+    assert "secret@" not in str(caught.value)
+    assert "key:" not in str(caught.value)
+
+
 def test_no_adapter_is_loaded_before_it_is_named():
     program = (
         "import sys, infra.storage.connect\n"
-        "print([name for name in sys.modules if name.endswith(('storage.sqlite', 'storage.memory', 'sqlite3'))])"
+        "adapters = ('sqlite', 'memory', 'multi', 'cassandra', 'dynamodb')\n"
+        "drivers = ('sqlite3', 'cassandra', 'botocore', 'aiobotocore')\n"
+        "named = [*drivers, *(f'infra.storage.{name}' for name in adapters)]\n"
+        "print([name for name in named if name in sys.modules])"
     )
     root = Path(__file__).parents[2]
     output = subprocess.run(
