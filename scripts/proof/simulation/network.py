@@ -15,7 +15,7 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from infra.storage.errors import NoMutationError, StorageError, UnavailableStorageError, UnknownOutcomeError
 from infra.storage.memory import MemoryStorage
@@ -130,7 +130,7 @@ class Network:
         error: StorageError = UnknownOutcomeError("it was not answered")
         if fault is CallFault.UNAVAILABLE:
             error = UnavailableStorageError("it cannot be reached")
-        self.loop.deliver(delay_s, process, _fail, answer, error)
+        self.loop.deliver(delay_s, process, fail, answer, error)
 
     def _apply(
         self,
@@ -143,7 +143,7 @@ class Network:
         fault: CallFault | None,
     ) -> None:
         self.under_way -= 1
-        call = self._begin(store, method, argument)
+        call = begun(store, method, argument)
         error: StorageError | None = None
         result = None
         try:
@@ -165,28 +165,30 @@ class Network:
             case CallFault.LATE:
                 pass  # It has been told.
             case _ if error is not None:
-                self.loop.deliver(back_s, process, _fail, answer, error)
+                self.loop.deliver(back_s, process, fail, answer, error)
             case _:
-                self.loop.deliver(back_s, process, _succeed, answer, result)
-
-    def _begin(self, store: MemoryStorage, method: str, argument: Any) -> Coroutine[Any, Any, Any]:
-        match method:
-            case "get":
-                return store.get(*argument)
-            case "scan":
-                return store.scan(argument)
-            case "mutate":
-                return store.mutate(argument.mutations)
-            case _:
-                return store.partitions(argument)
+                self.loop.deliver(back_s, process, succeed, answer, result)
 
 
-def _succeed(answer: asyncio.Future[Any], result: Any) -> None:
+def begun(store: MemoryStorage, method: str, argument: Any) -> Coroutine[Any, Any, Any]:
+    """The call of a MemoryStorage that a process made."""
+    match method:
+        case "get":
+            return store.get(*argument)
+        case "scan":
+            return store.scan(argument)
+        case "mutate":
+            return store.mutate(argument.mutations)
+        case _:
+            return store.partitions(argument)
+
+
+def succeed(answer: asyncio.Future[Any], result: Any) -> None:
     if not answer.done():
         answer.set_result(result)
 
 
-def _fail(answer: asyncio.Future[Any], error: StorageError) -> None:
+def fail(answer: asyncio.Future[Any], error: StorageError) -> None:
     if not answer.done():
         answer.set_exception(error)
 
@@ -205,10 +207,21 @@ def _seen(result: Any) -> str:
     return " ".join(str(row.get("tx_id")) if isinstance(row, dict) else str(row) for row in rows)
 
 
+class Wire(Protocol):
+    """What a SimulatedStorage sends its calls by."""
+
+    loop: SimulatedLoop
+
+    def send(
+        self, process: Process, store: MemoryStorage, method: str, argument: Any, answer: asyncio.Future[Any]
+    ) -> None:
+        """Start a call on its way."""
+
+
 class SimulatedStorage:
     """One process's way to one store: the storage port."""
 
-    def __init__(self, network: Network, process: Process, store: MemoryStorage) -> None:
+    def __init__(self, network: Wire, process: Process, store: MemoryStorage) -> None:
         self._network = network
         self._process = process
         self._store = store

@@ -21,7 +21,7 @@ from scripts.proof.simulation.world import run_seed
 
 CHUNK = 50
 PROGRESS = 1_000
-FULL_RUN = 300
+FULL_RUN = 500
 """So many seeds hit every probe: a run of as many that did not has proven too little."""
 COMMITTED_AT_LEAST = 0.5
 """Share of transactions that must have committed, faults and conflicts included: else nothing was put to the test."""
@@ -59,7 +59,7 @@ def simulate(seeds: range, *, mutation: str | None = None, stop_at_violation: bo
     """Run `seeds` here, one after another."""
     tally = Tally()
     began_s = time.process_time()
-    with planted(mutation) if mutation else nullcontext(), _quiet():
+    with planted(mutation) if mutation else nullcontext(), quiet():
         for seed in seeds:
             verdict = run_seed(seed)
             tally.seeds += 1
@@ -79,7 +79,7 @@ def simulate(seeds: range, *, mutation: str | None = None, stop_at_violation: bo
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No log lines (there would be millions), and memory reclaimed between seeds rather than within."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

@@ -254,7 +254,7 @@ class Jobs:
             "append": (6, self._append),
             "read": (2, self._read),
             "audit": (1, self._audit),
-            "items": (5, self._items),
+            "items": (6, self._items),
             "color": (3, self._color),
         }
         kind = self._random.choices(list(kinds), [weight for weight, _ in kinds.values()])[0]
@@ -326,7 +326,7 @@ class Jobs:
         places = [(other, other_part, number) for number in draw.sample(range(4), draw.choice((1, 1, 2)))]
         if draw.random() < 0.5:  # Into what was looked at, where the engine lets us: below the bound of the scan.
             look, first, places = "scan", 1, [(namespace, part, 0)]
-        verbs = [draw.choice(("insert", "upsert", "upsert", "put", "delete", "update")) for _ in places]
+        verbs = [draw.choice(("insert", "upsert", "put", "delete", "delete", "update")) for _ in places]
         colors = [draw.choice(COLORS) for _ in places]
 
         async def work(transaction: LoggedTransaction) -> None:

@@ -30,7 +30,7 @@ from infra.storage.memory import MemoryStorage
 from infra.storage.multi import MultiStorage
 from infra.storage.operations import Atomicity, Put, Row, ScanAll
 from scripts.proof.simulation.judge import Evidence, judge
-from scripts.proof.simulation.loop import Process, SimulatedClock, SimulatedLoop, StuckError
+from scripts.proof.simulation.loop import Process, SimulatedClock, SimulatedLoop, StuckError, bury
 from scripts.proof.simulation.network import Network, SimulatedStorage
 from scripts.proof.simulation.probes import Probes
 from scripts.proof.simulation.weather import Interface, Topology, Weather, weather_of
@@ -130,9 +130,9 @@ class World:
             except StuckError as error:
                 self.violations.append(f"the simulation is stuck: {error}")
         self.violations += self.loop.errors
-        self.violations += judge(self._evidence())
+        self.violations += judge(self.evidence())
         violations = tuple(self.violations)
-        self._bury()
+        bury(self._processes)
         for log in self.logs.values():
             self._probe_answer(log)
         return Verdict(
@@ -199,18 +199,6 @@ class World:
                 self.violations.append(f"{left} records are in doubt {HEALED_WITHIN_S} s after the last fault")
                 return
             await asyncio.sleep(1.0)
-
-    def _bury(self) -> None:
-        """End what crashes left suspended, quietly, so that nothing of it runs when memory is reclaimed."""
-        for process in self._processes:
-            process.dead = True
-            for task in process.tasks:
-                if not task.done():
-                    task._log_destroy_pending = False  # type: ignore[attr-defined]
-                    try:
-                        task.get_coro().close()  # type: ignore[union-attr]
-                    except RuntimeError:
-                        continue  # It awaits while it is being closed: as dead as it will be.
 
     # -- processes
 
@@ -426,7 +414,8 @@ class World:
             for namespace, alias in self._namespaces.items()
         }
 
-    def _evidence(self) -> Evidence:
+    def evidence(self) -> Evidence:
+        """All that is left, once it has run."""
         return Evidence(
             self.weather.isolation, self.weather.imported, self.places, self.logs, self.witness, self._rows()
         )
