@@ -14,7 +14,7 @@ import pytest_asyncio
 from infra.consensus_commit.manager import TransactionManager
 from infra.servers.cassandra import LocalCassandra
 from infra.storage.cassandra import CassandraStorage
-from tests.java_peer.mixed_tables import every_type_table
+from tests.java_peer.mixed_tables import account_table, every_type_table, list_table
 from tests.java_peer.processes import (
     NO_COMPILER,
     PeerProcess,
@@ -24,6 +24,7 @@ from tests.java_peer.processes import (
     start_java,
 )
 
+MIXED = "mixed"
 JAVA_MADE = "java_made"
 PYTHON_MADE = "python_made"
 COORDINATORS = {
@@ -127,6 +128,16 @@ async def peers(classes: Path, cassandra: LocalCassandra, storage: CassandraStor
     python = peers.python("python_plain")
     await python.create_coordinator_tables()
     await python.create_table(every_type_table(PYTHON_MADE, "every_type"))
+    for table in (account_table(MIXED), list_table(MIXED)):
+        await python.create_table(table)
     yield peers
-    for keyspace in (JAVA_MADE, PYTHON_MADE, *COORDINATORS):
+    for keyspace in (MIXED, JAVA_MADE, PYTHON_MADE, *COORDINATORS):
         await cql(f"DROP KEYSPACE IF EXISTS {keyspace}")
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def java(peers: Peers) -> AsyncIterator[PeerProcess]:
+    """A Java program with a manager for each coordinator namespace, for tests that do not kill it."""
+    java = await peers.java(*COORDINATORS)
+    yield java
+    await java.stop()

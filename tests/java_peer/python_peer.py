@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import sys
 import time
@@ -159,7 +158,7 @@ async def main() -> None:
     loop = asyncio.get_running_loop()
     lines = asyncio.StreamReader(limit=64 * 1024 * 1024)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-    say({"event": "ready", "pid": os.getpid()})
+    say({"event": "ready", "now_ns": time.monotonic_ns()})
     storage: WatchedStorage | None = None
     manager: TransactionManager | None = None
     mix: Mix | None = None

@@ -137,11 +137,9 @@ async def test_indexes_are_named_as_scalardb_names_them(peers: Peers, cql: Cql) 
         }
 
 
-async def test_each_side_sees_the_others_tables_and_namespaces(peers: Peers) -> None:
-    java = await peers.java("java_plain")
+async def test_each_side_sees_the_others_tables_and_namespaces(peers: Peers, java: PeerProcess) -> None:
     described = [await java.ask("table", manager="java_plain", table=f"{side}.every_type") for side in EVERY_TYPE]
     namespaces = await java.ask("namespaces", manager="java_plain")
-    await java.stop()
     assert described[0] == described[1]
     assert {*EVERY_TYPE} <= {*namespaces}
     tables = {table.full_name: table for table in await peers.storage.tables()}
@@ -154,11 +152,11 @@ async def test_each_side_sees_the_others_tables_and_namespaces(peers: Peers) -> 
 
 
 @pytest.mark.parametrize("side", [*EVERY_TYPE])
-async def test_every_value_written_by_one_is_read_by_the_other(peers: Peers, side: str) -> None:
+async def test_every_value_written_by_one_is_read_by_the_other(peers: Peers, java: PeerProcess, side: str) -> None:
     table, coordinator = EVERY_TYPE[side], "java_plain" if side == JAVA_MADE else "python_plain"
     ours = {case: record(case, fresh("python wrote")) for case in VALUES}
     theirs = {case: record(case, fresh("java wrote")) for case in VALUES}
-    python, java = peers.python(coordinator), await peers.java(coordinator)
+    python = peers.python(coordinator)
     async with python.begin() as transaction:
         for key, columns in ours.values():
             await transaction.insert(table, key, columns)
@@ -179,13 +177,12 @@ async def test_every_value_written_by_one_is_read_by_the_other(peers: Peers, sid
     async with python.begin() as transaction:
         found = await transaction.scan(IndexScan(table, "an_int", columns["an_int"]))
     assert {row["pk_text"] for row in found} >= {key.partition[0], java_key.partition[0]}
-    await java.stop()
 
 
-async def test_bytes_of_committed_records_are_the_same(peers: Peers, cql: Cql) -> None:
+async def test_bytes_of_committed_records_are_the_same(peers: Peers, java: PeerProcess, cql: Cql) -> None:
     """An update by each side, on a record that the other had inserted: every column but ids and times is the same."""
     table = EVERY_TYPE[JAVA_MADE]
-    java, python = await peers.java("java_plain"), peers.python("java_plain")
+    python = peers.python("java_plain")
     rows = []
     for first, second in (("python", "java"), ("java", "python")):
         key, columns = record("plain", fresh("written twice"))
@@ -207,7 +204,6 @@ async def test_bytes_of_committed_records_are_the_same(peers: Peers, cql: Cql) -
         rows.append(
             {n: v for n, v in row.items() if n not in ("pk_text", "tx_id", "tx_prepared_at", "tx_committed_at")}
         )
-    await java.stop()
     assert rows[0] == rows[1]
 
 
@@ -259,9 +255,9 @@ PYTHON_OF_OLD = {"coordinator": "java_plain", "lifetime_ms": 15_000, "clock_behi
 CASES = [*itertools.pairwise([*VALUES, "plain"])]
 
 
-async def test_python_settles_what_a_killed_java_program_left(peers: Peers) -> None:
+async def test_python_settles_what_a_killed_java_program_left(peers: Peers, java: PeerProcess) -> None:
     """Of each kind of coordinator table, one transaction is killed before its state is written and one after."""
-    coordinators = [*COORDINATORS]
+    later, coordinators = java, [name for name in COORDINATORS if name != "python_plain"]
     phases = {f"{name}:{phase}": phase for name in coordinators for phase in ("commit_state", "commit_records")}
     java = await peers.java(*phases)
     began: list[tuple[str, str, Doomed, str]] = []
@@ -294,17 +290,15 @@ async def test_python_settles_what_a_killed_java_program_left(peers: Peers) -> N
         assert state is not None
         assert state.state is (TransactionState.COMMITTED if committed else TransactionState.ABORTED)
 
-    # A Java program that comes later agrees.
-    java = await peers.java(*coordinators)
+    # A Java program that met none of it agrees.
     for manager, phase, doomed, tx_id in began:
         coordinator, committed = manager.partition(":")[0], phase == "commit_records"
-        assert await java.ask("state", manager=coordinator, tx_id=tx_id) == ("COMMITTED" if committed else "ABORTED")
-        assert await java_reads(java, coordinator, doomed.table, *doomed.keys) == doomed.expected(committed=committed)
-    await java.stop()
+        assert await later.ask("state", manager=coordinator, tx_id=tx_id) == ("COMMITTED" if committed else "ABORTED")
+        assert await java_reads(later, coordinator, doomed.table, *doomed.keys) == doomed.expected(committed=committed)
 
 
 @pytest.mark.parametrize("phase", ["commit_state", "commit_records"])
-async def test_java_settles_what_a_killed_python_program_left(peers: Peers, phase: str) -> None:
+async def test_java_settles_what_a_killed_python_program_left(peers: Peers, java: PeerProcess, phase: str) -> None:
     all_doomed = [Doomed(EVERY_TYPE[JAVA_MADE], *case) for case in CASES]
     settling = peers.python("java_plain")
     for doomed in all_doomed:
@@ -324,11 +318,9 @@ async def test_java_settles_what_a_killed_python_program_left(peers: Peers, phas
         assert await doomed.states(peers) == IN_DOUBT
 
     committed = phase == "commit_records"
-    java = await peers.java("java_plain")
     for doomed in all_doomed:
         expected = doomed.expected(committed=committed)
         assert await java_reads(java, "java_plain", doomed.table, *doomed.keys) == expected
-    await java.stop()
     reading = peers.python("java_plain")
     for doomed in all_doomed:
         assert await python_reads(reading, doomed.table, *doomed.keys) == doomed.expected(committed=committed)
@@ -336,31 +328,32 @@ async def test_java_settles_what_a_killed_python_program_left(peers: Peers, phas
 
 @pytest.mark.parametrize("coordinator", ["java_plain", "java_grouping"])
 async def test_a_java_program_that_was_overruled_while_it_slept_hears_that_it_conflicted(
-    peers: Peers, coordinator: str
+    peers: Peers, java: PeerProcess, coordinator: str
 ) -> None:
     doomed = Doomed(EVERY_TYPE[JAVA_MADE], "plain", "largest")
-    python = peers.python(coordinator, lifetime_ms=1)
+    python, sleeper = peers.python(coordinator, lifetime_ms=1), f"{coordinator}:sleeper"
     await doomed.settle(python)
-    java = await peers.java(coordinator)
-    await java.ask("hold", manager=coordinator, at="commit_state")
-    sleeping = java.begin("transaction", manager=coordinator, steps=doomed.steps)
-    await java.event(lambda line: line["event"] == "held")
+    await java.ask("open", manager=sleeper, properties=peers.settings(sleeper))
+    await java.ask("hold", manager=sleeper, at="commit_state")
+    sleeping = java.begin("transaction", manager=sleeper, steps=doomed.steps)
+    await java.event(lambda line: line["event"] == "held" and line["manager"] == sleeper)
     assert await python_reads(python, doomed.table, *doomed.keys) == doomed.expected(committed=False)
-    await java.ask("release", manager=coordinator)
+    await java.ask("release", manager=sleeper)
     with pytest.raises(PeerError, match="CommitConflictException"):
         await sleeping
+    await java.ask("close", manager=sleeper)
     assert await java_reads(java, coordinator, doomed.table, *doomed.keys) == doomed.expected(committed=False)
-    await java.stop()
 
 
 # -- ScalarDB's group commit, and its log of what was written
 
 
-async def test_transactions_that_a_java_program_committed_in_groups_are_seen_committed(peers: Peers) -> None:
+async def test_transactions_that_a_java_program_committed_in_groups_are_seen_committed(
+    peers: Peers, java: PeerProcess
+) -> None:
     """Some share a row under their group's id; a slow one has left its group and has a row of its own."""
     table = EVERY_TYPE[JAVA_MADE]
     keys = [record("plain", fresh("in a group"))[0] for _ in range(8)]
-    java = await peers.java("java_grouping")
     slow = {"do": "wait", "milliseconds": SLOWER_THAN_ITS_GROUP_MS}
     answers = await asyncio.gather(
         *(
@@ -372,7 +365,6 @@ async def test_transactions_that_a_java_program_committed_in_groups_are_seen_com
             for number, key in enumerate(keys)
         )
     )
-    await java.stop()
     python = peers.python("java_grouping")
     children = 0
     for number, (key, answer) in enumerate(zip(keys, answers, strict=True)):
@@ -394,13 +386,11 @@ async def test_transactions_that_a_java_program_committed_in_groups_are_seen_com
     assert children >= 2
 
 
-async def test_the_write_set_that_a_java_program_logged_names_what_it_wrote(peers: Peers) -> None:
+async def test_the_write_set_that_a_java_program_logged_names_what_it_wrote(peers: Peers, java: PeerProcess) -> None:
     doomed = Doomed(EVERY_TYPE[PYTHON_MADE], "smallest", "largest")
     python = peers.python("java_logging")
     await doomed.settle(python)
-    java = await peers.java("java_logging")
     answer = await java.ask("transaction", manager="java_logging", steps=doomed.steps)
-    await java.stop()
     state = await python.states.get_state(answer["tx_id"])
     assert state is not None
     assert state.write_set is not None

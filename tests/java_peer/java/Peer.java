@@ -103,7 +103,7 @@ public final class Peer {
               thread.setDaemon(true);
               return thread;
             });
-    say(Map.of("event", "ready", "pid", ProcessHandle.current().pid()));
+    say(Map.of("event", "ready", "now_ns", System.nanoTime()));
     BufferedReader in = new BufferedReader(new InputStreamReader(System.in, StandardCharsets.UTF_8));
     for (String line = in.readLine(); line != null; line = in.readLine()) {
       Map<String, Object> command = Json.object(line);
