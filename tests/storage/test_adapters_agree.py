@@ -1,19 +1,22 @@
-"""Memory, SQLite and a dictionary are told the same things and must give the same answers."""
+"""Memory, SQLite, Cassandra and a dictionary are told the same things and must give the same answers."""
 
 from __future__ import annotations
 
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from infra.storage.errors import NoMutationError
+from infra.storage.gate import PartitionGate
 from infra.storage.memory import MemoryStorage
 from infra.storage.operations import (
     Atomicity,
@@ -33,10 +36,14 @@ from infra.storage.operations import (
     TableSchema,
     Value,
 )
+from infra.storage.port import Storage
 from infra.storage.sqlite import SqliteStorage
 
+if TYPE_CHECKING:
+    from infra.servers.cassandra import LocalCassandra
+
 TABLE = TableSchema(
-    namespace="shop",
+    namespace="agreement",  # not a name that others use on a server they share
     name="things",
     columns={
         "flag": DataType.BOOLEAN,
@@ -74,6 +81,15 @@ mutations = st.builds(Put, st.just(TABLE), keys, columns_written, presence | st.
     Delete, st.just(TABLE), keys, presence
 )
 batches = st.lists(mutations, min_size=1, max_size=4, unique_by=lambda mutation: mutation.key)
+
+batches_of_one_partition = st.booleans().flatmap(
+    lambda flag: st.lists(
+        mutations.map(lambda mutation: replace(mutation, key=replace(mutation.key, partition=(flag,)))),
+        min_size=1,
+        max_size=4,
+        unique_by=lambda mutation: mutation.key,
+    )
+)
 
 bounds = st.none() | st.builds(
     Bound,
@@ -153,7 +169,7 @@ class AdaptersAgree(RuleBasedStateMachine):
         self.directory = Path(tempfile.mkdtemp(prefix="adapters-agree-"))
         self.runner = asyncio.Runner()
         self.model = Model()
-        self.adapters = [MemoryStorage(Atomicity.NAMESPACE), SqliteStorage(self.directory)]
+        self.adapters: list[Storage] = [MemoryStorage(Atomicity.NAMESPACE), SqliteStorage(self.directory)]
         for storage in self.adapters:
             self.runner.run(storage.create_table(TABLE))
 
@@ -180,7 +196,7 @@ class AdaptersAgree(RuleBasedStateMachine):
 
         for storage in self.adapters:
 
-            async def send(storage: MemoryStorage | SqliteStorage = storage) -> list[BaseException | None]:
+            async def send(storage: Storage = storage) -> list[BaseException | None]:
                 return await asyncio.gather(*map(storage.mutate, together), return_exceptions=True)
 
             answers = self.runner.run(send())
@@ -205,6 +221,52 @@ class AdaptersAgree(RuleBasedStateMachine):
             for partition in partitions:
                 everything = Scan(TABLE, partition)
                 assert self.runner.run(storage.scan(everything)) == self.model.scan(everything), storage.info.name
+
+
+class CassandraAgrees(AdaptersAgree):
+    """The same on a real server. One connection and one table serve all examples; batches keep to one partition."""
+
+    runner: asyncio.Runner
+    cassandra: PartitionGate
+
+    def __init__(self) -> None:
+        RuleBasedStateMachine.__init__(self)
+        self.model = Model()
+        self.adapters = [self.cassandra]
+        for flag in (False, True):
+            rows = self.runner.run(self.cassandra.scan(Scan(TABLE, (flag,))))
+            left = [Delete(TABLE, Key((flag,), (row["name"], row["day"])), IfExists()) for row in rows]
+            self.runner.run(self.cassandra.mutate(left))
+
+    def teardown(self) -> None:
+        """The connection stays open for the next example."""
+
+    @rule(batch=batches_of_one_partition)
+    def mutate(self, batch: list[Mutation]) -> None:
+        super().mutate(batch)
+
+    @rule(together=st.lists(batches_of_one_partition, min_size=2, max_size=3))
+    def mutate_together(self, together: list[list[Mutation]]) -> None:
+        super().mutate_together(together)
+
+
+class TestCassandraAgrees(CassandraAgrees.TestCase):  # type: ignore[name-defined, misc]
+    settings = settings(
+        max_examples=8, stateful_step_count=10, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+
+    @pytest.fixture(autouse=True)
+    def _server(self, cassandra: LocalCassandra) -> Iterator[None]:
+        from infra.storage.cassandra import CassandraStorage
+
+        storage = CassandraStorage([cassandra.contact_point], cassandra.port)
+        with asyncio.Runner() as runner:
+            CassandraAgrees.runner, CassandraAgrees.cassandra = runner, PartitionGate(storage)
+            runner.run(storage.create_table(TABLE))
+            yield
+            runner.run(storage.drop_table(TABLE))
+            runner.run(storage.drop_namespace(TABLE.namespace))
+            runner.run(storage.close())
 
 
 class TestAdaptersAgree(AdaptersAgree.TestCase):  # type: ignore[name-defined, misc]

@@ -79,7 +79,9 @@ async def direct(cassandra: LocalCassandra) -> AsyncIterator[CassandraStorage]:
 async def _empty(direct: CassandraStorage) -> AsyncIterator[None]:
     yield
     for table in (TABLE, PLAIN):
-        await direct.truncate_table(table)
+        delete = f'DELETE FROM "{NAMESPACE}"."{table.name}" WHERE "id" = ?'  # Truncation takes ten times as long.
+        for partition in await direct.partitions(table):
+            await direct._session.administer(delete, "emptying a table", partition)
 
 
 @pytest.fixture
@@ -271,24 +273,27 @@ async def test_no_more_requests_are_outstanding_than_was_allowed(
 
 
 async def test_closing_waits_for_what_is_outstanding_and_refuses_what_comes_after(
-    cassandra: LocalCassandra, direct: CassandraStorage
+    proxied: CassandraStorage, direct: CassandraStorage, proxy: TcpProxy
 ):
-    storage = CassandraStorage([cassandra.contact_point], cassandra.port)
-    await storage.get(TABLE, at("warm"))
+    await proxied.mutate([Put(TABLE, at("close", 9), {"v": 9}, IfNotExists())])
+    proxy.hold_answers()
     writing = [
-        asyncio.ensure_future(storage.mutate([Put(TABLE, at("close", n), {"v": n}, IfNotExists())])) for n in range(4)
+        asyncio.ensure_future(proxied.mutate([Put(TABLE, at("close", n), {"v": n}, IfNotExists())])) for n in range(4)
     ]
-    for _ in range(20):
-        await asyncio.sleep(0)
-    assert storage.in_flight > 0
+    await asyncio.wait(writing, timeout=0.01)
+    assert proxied.in_flight == 4
 
-    await storage.close()
+    closing = asyncio.ensure_future(proxied.close())
+    await asyncio.wait([closing], timeout=0.01)
+    assert not closing.done()
+    proxy.pass_on()
+    await closing
 
     assert await asyncio.gather(*writing) == [None] * 4
-    assert len(await direct.scan(Scan(TABLE, ("close",)))) == 4
+    assert len(await direct.scan(Scan(TABLE, ("close",)))) == 5
     with pytest.raises(InvalidOperationError, match="closed"):
-        await storage.get(TABLE, at("warm"))
-    await storage.close()
+        await proxied.get(TABLE, at("warm"))
+    await proxied.close()
 
 
 async def test_a_storage_serves_one_event_loop_after_another(cassandra: LocalCassandra, direct: CassandraStorage):
@@ -491,25 +496,6 @@ async def test_what_does_not_answer_is_unavailable_with_a_remedy(cassandra: Loca
                 await storage.tables()
             assert said in unreachable.value.remedy
         await storage.close()
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"contact_points": []},
-        {"contact_points": "127.0.0.1"},
-        {"replication_factor": 0},
-        {"replication_strategy": "Everywhere"},
-        {"compaction_strategy": "FAST"},
-        {"request_timeout_s": 0.0},
-        {"max_in_flight": 0},
-        {"metadata_namespace": "a b"},
-    ],
-    ids=repr,
-)
-def test_settings_that_cannot_be_are_refused(settings: dict[str, object]):
-    with pytest.raises(InvalidOperationError):
-        CassandraStorage(**{"contact_points": ["127.0.0.1"], **settings})  # type: ignore[arg-type]
 
 
 async def test_a_paused_server_leaves_outcomes_unknown_and_its_late_writes_meet_their_competitors(tmp_path: Path):
