@@ -59,6 +59,15 @@ async def test_a_memory_url_names_a_storage_of_its_own():
         "memory:x",
         "memory://host",
         "http://[",
+        "cassandra:",
+        "cassandra://",
+        "cassandra:///path",
+        "cassandra://host/keyspace",
+        "cassandra://host#x",
+        "cassandra://host:port",
+        "cassandra://host:99999",
+        "cassandra://one,,two",
+        "cassandra://user:password@host",
     ],
 )
 def test_a_url_that_names_no_storage_is_refused_with_the_forms_that_do(url: str):
@@ -102,6 +111,39 @@ def test_a_dynamodb_url_of_another_form_is_refused_and_no_credential_repeated(ur
 
     assert "secret@" not in str(caught.value)
     assert "key:" not in str(caught.value)
+
+
+def test_a_cassandra_url_names_a_cluster():
+    storage = connect("cassandra://10.0.0.1:9142,[::1],node.example/?local_dc=dc1&replication_factor=3&max_in_flight=8")
+
+    assert storage.info.atomicity is Atomicity.PARTITION
+    assert storage.info.options == {"contact_points": "10.0.0.1,::1,node.example", "port": "9142"}
+    assert DataType.TIMESTAMP not in storage.info.data_types
+    assert connect("cassandra://one/?username=u&password=p%2Fw").info.options["port"] == "9042"
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("dc=1", "local_dc, "),
+        ("local_dc=a&local_dc=b", "twice"),
+        ("replication_factor=many", "replication_factor"),
+        ("replication_factor=0", "replication_factor"),
+        ("replication_strategy=Everywhere", "replication_strategy"),
+        ("request_timeout_s=-1", "request_timeout_s"),
+        ("ssl_ca=/no/such/file", "ssl_ca"),
+    ],
+)
+def test_a_cassandra_url_with_a_wrong_parameter_is_refused_and_keeps_its_password(query: str, said: str):
+    with pytest.raises(InvalidOperationError, match=said) as caught:
+        connect(f"cassandra://host/?username=u&password=hidden&{query}")
+
+    assert "hidden" not in str(caught.value)
+
+
+def test_the_nodes_of_a_cassandra_cluster_listen_on_one_port():
+    with pytest.raises(InvalidOperationError, match="one port"):
+        connect("cassandra://one:9042,two:9043/")
 
 
 def test_no_adapter_is_loaded_before_it_is_named():
