@@ -29,7 +29,8 @@ A file is refused as a whole, and by an error of its own for each kind of mistak
 
 Nothing here knows of transactions: `transaction` is a flag that is handed on. Source: ScalarDB 3.19's schema-loader
 (TableSchema, ImportTableSchema). Stricter than that where it would silently take less than was written: JSON names
-that repeat, unknown attributes, and `ENCRYPTED` are refused.
+that repeat, unknown attributes, and `ENCRYPTED` are refused. So is an index on a column of the key, which ScalarDB
+allows on some databases: the storage port has none.
 """
 
 from __future__ import annotations
