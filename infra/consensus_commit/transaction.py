@@ -91,7 +91,7 @@ class Transaction:
     async def rollback(self) -> None:
         """Forget everything. Nothing was written, so nothing is undone."""
         self._active()
-        self._ended = True
+        self._give_up()
 
     async def __aenter__(self) -> Transaction:
         return self
@@ -99,7 +99,13 @@ class Transaction:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if not self._ended:
+            self._give_up()
+
+    def _give_up(self) -> None:
         self._ended = True
+        # It may have given up for what it believed: the next one has to look.
+        self._participant.note_failed()
 
     def _active(self) -> ParticipantTransaction:
         if self._ended:

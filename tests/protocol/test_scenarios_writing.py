@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 import pytest
-from protocol_world import ACCOUNT, STOCK, World, key, row, whole
+from protocol_world import ACCOUNT, STOCK, World, at_once, key, row, whole
 
 from infra.consensus_commit.errors import (
     IllegalOperationError,
@@ -13,6 +13,7 @@ from infra.consensus_commit.errors import (
     TransactionConflictError,
     UnsatisfiedConditionError,
 )
+from infra.consensus_commit.manager import TransactionManager
 from infra.consensus_commit.metadata import BEFORE
 from infra.consensus_commit.states import Isolation
 from infra.consensus_commit.transaction import Transaction
@@ -147,6 +148,34 @@ async def test_scenario_28_a_condition_sees_the_transactions_own_writes(world: W
 
     await transaction.commit()
     assert await world.balances() == {("account", 1, 1): 12}
+
+
+@pytest.mark.parametrize("rolls_back", [False, True])
+async def test_scenario_28_a_condition_that_an_old_memory_did_not_meet_is_met_at_the_next_try(
+    world: World, rolls_back: bool
+) -> None:
+    """A manager that keeps records would refuse for ever otherwise: who gives up is not validated."""
+    await world.given({1: 10})
+    manager = TransactionManager(world.plain_storage, world.clock, cache_records=10, sleep=at_once)
+    await manager.run(lambda transaction: transaction.get(ACCOUNT, key(1)))
+    await world.commits(lambda other: other.update(ACCOUNT, key(1), {"balance": 100}))
+
+    async def attempt() -> None:
+        async with manager.begin() as transaction:
+            try:
+                await transaction.update(ACCOUNT, key(1), {"balance": 50}, [balance_is(100)])
+            except UnsatisfiedConditionError:
+                if rolls_back:
+                    await transaction.rollback()
+                raise
+            await transaction.commit()
+
+    with pytest.raises(UnsatisfiedConditionError):
+        await attempt()
+    await attempt()
+    await manager.close()
+
+    assert await world.balances() == {("account", 1, 1): 50}
 
 
 @pytest.mark.parametrize("one_phase_commit", [False, True])
