@@ -59,6 +59,7 @@ Sleep = Callable[[float], Awaitable[None]]
 Response = Mapping[str, Any]
 
 MAX_CONNECTIONS = 64
+MAX_UNANSWERED = 3
 _FIRST_PAUSE_S = 0.01
 _LONGEST_PAUSE_S = 1.0
 
@@ -187,7 +188,7 @@ class DynamoDbClient:
     """A connection to one endpoint in one region, opened by its first request; it belongs to one event loop.
 
     `credentials`: access key and secret; None takes what AWS tools would take. `tries`: how often a request is made
-    at most. `timeout_ms`: how long one answer may take.
+    at most; a read that is not answered at all, MAX_UNANSWERED times. `timeout_ms`: how long one answer may take.
     """
 
     def __init__(
@@ -218,15 +219,18 @@ class DynamoDbClient:
 
     async def read(self, operation: str, request: Mapping[str, Any]) -> Response:
         """Ask until there is an answer; RequestFailedError for one that another try would not change."""
+        unanswered = 0
         for attempt in range(self._tries):
             try:
                 return await self._ask(operation, request)
             except RequestFailedError as error:
-                may_pass = error.failure.meaning in (Meaning.THROTTLED, Meaning.UNKNOWN, Meaning.CONFLICT)
-                if not may_pass or attempt == self._tries - 1:
-                    if error.failure.meaning is Meaning.UNKNOWN:
+                is_last = attempt == self._tries - 1
+                if error.failure.meaning is Meaning.UNKNOWN:
+                    unanswered += 1
+                    if is_last or unanswered == MAX_UNANSWERED:
                         failure = Failure(Meaning.REFUSED, error.failure.message, error.failure.remedy)
                         raise RequestFailedError(failure) from error
+                elif is_last or error.failure.meaning not in (Meaning.THROTTLED, Meaning.CONFLICT):
                     raise
             await self._pause(attempt)
         raise ValueError("tries must be at least 1")
