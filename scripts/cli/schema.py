@@ -153,7 +153,9 @@ def read_file(path: Path) -> str:
         raise CommandError(f"The schema file {path} cannot be read: {reason}.", ExitCode.USAGE) from error
 
 
-def declared_by(file: Path | None, place: Place, system: System, coordinator: str) -> list[TableDeclaration]:
+def declared_by(
+    file: Path | None, place: Place, system: System, coordinator: str, *, with_coordinator: bool = True
+) -> list[TableDeclaration]:
     """The tables of `file`, else those of the system's own domains; with the coordinator's where they are needed."""
     if file is None:
         from scripts.wiring import stored_tables
@@ -161,7 +163,7 @@ def declared_by(file: Path | None, place: Place, system: System, coordinator: st
         return [as_declared(table) for table in stored_tables(system.settings, place.storage)]
     found = list(parse(read_file(file)))
     named = {declaration.table.full_name for declaration in found}
-    if any(declaration.transaction for declaration in found):
+    if with_coordinator and any(declaration.transaction for declaration in found):
         found += [
             TableDeclaration(table, transaction=False)
             for table in coordinator_tables(place.storage, coordinator)

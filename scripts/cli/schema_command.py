@@ -365,7 +365,9 @@ def _change(
         if file is None and chosen is Command.REPAIR:
             declared = await stored_declarations(place, coordinator)
         else:
-            declared = declared_by(file, place, System.find(directory), coordinator)
+            # What alter is not there to create, it does not miss: ScalarDB's own storages have no table of intents.
+            needed = chosen is not Command.ALTER
+            declared = declared_by(file, place, System.find(directory), coordinator, with_coordinator=needed)
         _warn_of_options(place, {name for declaration in declared for name in declaration.options})
         found = await plan_for(chosen, place, declared, coordinator)
         if found.steps and not dry_run and chosen is not Command.APPLY:

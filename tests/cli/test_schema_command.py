@@ -173,6 +173,16 @@ def test_apply_refuses_what_alter_then_does(shop: Shop) -> None:
     assert shop.schema("diff", wider)[0] == ExitCode.DONE
 
 
+def test_a_table_is_altered_where_another_program_made_the_coordinators(shop: Shop) -> None:
+    shop.steps("apply", shop.file(goods=GOODS))
+    (intents,) = [table for table in shop.tables() if table.name == "intents"]
+    shop.storage(lambda storage: storage.drop_table(intents))
+
+    wider = shop.file(goods={**GOODS, "columns": {**GOODS["columns"], "weight": "DOUBLE"}})
+
+    assert shop.steps("alter", wider) == ["add column", "add column"]
+
+
 def test_alter_refuses_what_would_lose_values(shop: Shop) -> None:
     shop.steps("apply", shop.file(goods=GOODS))
     less = {name: kind for name, kind in GOODS["columns"].items() if name != "price"}
