@@ -277,7 +277,7 @@ def _list_cycle(evidence: Evidence, committed: list[Log], final: Mapping[Any, Ro
                     if seen < len(order) and order[seen] != log.tx_id:
                         after[log.tx_id].add(order[seen])
     for log in committed:
-        if log.ended_at:
+        if log.answer == "committed":  # What was answered otherwise may take effect any time later.
             after[log.tx_id].update(other.tx_id for other in committed if other.began_at > log.ended_at)
     cycle = _cycle(after)
     return [f"no order explains the lists: {' -> '.join(cycle)}"] if cycle else []
