@@ -10,9 +10,17 @@ once, decides a transaction. The columns, states and conditions are ScalarDB 3.1
     compose.py       snapshot -> storage writes
     grouping.py      writes -> atomic batches      both, in one process
     validation.py    is what was read still so?    ────────────────────────────
-    recovery.py      brings found records to rest  commit.py  transaction.py  manager.py
+    recovery.py      brings found records to rest  commit.py     the protocol, to be read aloud
+    record_cache.py  what need not be read again   transaction.py  manager.py
+                                                   two_phase.py  participants with storages of their own
+    cleaning up                                    journal.py    the manager's intents
+    ───────────
+    sweeper.py       what nobody reads             tables
+    write_set.py     what Java programs logged     ──────
+                                                   schema.py     declared against stored, and the steps between
 
-`states.py` and `metadata.py` are the format on disk, `errors.py` what a caller may meet. Nothing here knows of
+`states.py` and `metadata.py` are the format on disk, `errors.py` what a caller may meet, `retry.py` when to try again.
+What is guaranteed on which storage, and examples: `README.md`. Nothing here knows of
 Kafka, Ray, pydantic or any domain: these files, `infra/storage`, `infra/clock.py` and `infra/failpoints.py` are a
 library of their own.
 """
