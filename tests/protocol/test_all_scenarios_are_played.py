@@ -1,4 +1,22 @@
-"""That every scenario of the protocol is played, on every storage: told by the names of the tests."""
+"""That every scenario of the protocol is played, on every storage: told by the names of the tests.
+
+What a scenario does elsewhere than its short description says, and why:
+
+19      A process that has committed a transaction itself shows it under READ_COMMITTED even before its records say so.
+20-22   On DynamoDB at SNAPSHOT: its global indexes lag behind (ScalarDB's, too), so SERIALIZABLE refuses them. 44 and
+        45 then are that refusal.
+22, 37  A get by an index counts as a scan: it is refused where it would return what its transaction has written.
+        ScalarDB merges the write into what it returns, the index's value included.
+44      Records that the transaction itself has written count as they were before. ScalarDB passes over them.
+47-53   On DynamoDB with units no larger than a namespace: the whole storage is one unit there, and a transaction one
+        write (55).
+54      A read-only transaction under SERIALIZABLE is validated: it leaves no state row, but may be refused.
+60      Participants are driven by one coordinator; that each puts the COMMITTED row itself is ScalarDB's older way,
+        which works here because the row is the same.
+61      Only where there is something to validate; what was written was checked when it was prepared.
+64      Groups are read, not formed.
+Values  TIMESTAMP is in no table of Cassandra, as in ScalarDB.
+"""
 
 from __future__ import annotations
 

@@ -22,6 +22,8 @@ from infra.consensus_commit.states import Isolation
 from infra.consensus_commit.transaction import Transaction
 from infra.storage.errors import StorageError, UnavailableStorageError
 from infra.storage.operations import Atomicity, Delete, If, Key, Put
+from infra.storage.port import Storage
+from tests.storages import RememberingStorage
 
 STORED_ACCOUNT = transactional(ACCOUNT)
 STORED_STOCK = transactional(STOCK)
@@ -394,6 +396,25 @@ async def test_scenario_55_a_transaction_within_one_unit_commits_by_one_write(wo
         (transaction.tx_id, 3, 1),
         (transaction.tx_id, 3, 1),
     ]
+
+
+async def test_scenario_55_a_storage_that_is_one_unit_commits_over_namespaces_by_one_write(storage: Storage) -> None:
+    """DynamoDB, when it is not kept from it (`in_namespaces`); any other decides by a state row."""
+    if isinstance(storage, RememberingStorage):
+        storage.unit = None
+    world = World(storage)
+    await world.create()
+    await world.given({1: 10})
+    await world.given({1: 100}, table=STOCK)
+    transaction = world.process(world.storage, one_phase_commit=True).begin()
+    await move(transaction)
+    await transaction.commit()
+
+    one_unit = storage.info.atomicity is Atomicity.STORAGE
+    assert await world.state_rows() == ({} if one_unit else {transaction.tx_id: COMMITTED})
+    assert [call.method for call in world.storage.calls].count("mutate") == (1 if one_unit else 5)
+    assert await world.balances() == AFTER_MOVE
+    assert await world.in_doubt() == 0
 
 
 async def changes_and_validates(transaction: Transaction) -> None:

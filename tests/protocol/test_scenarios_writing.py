@@ -151,7 +151,7 @@ async def test_scenario_28_a_condition_sees_the_transactions_own_writes(world: W
 
 
 @pytest.mark.parametrize("rolls_back", [False, True])
-async def test_scenario_28_a_condition_that_an_old_memory_did_not_meet_is_met_at_the_next_try(
+async def test_scenario_28_a_condition_unmet_by_what_was_remembered_is_met_at_the_next_try(
     world: World, rolls_back: bool
 ) -> None:
     """A manager that keeps records would refuse for ever otherwise: who gives up is not validated."""
