@@ -215,7 +215,7 @@ class _Stage:
 def play(case: Case) -> Outcome:
     """Play one case from beginning to end."""
     strikes = {1: case.strikes, 2: (case.recoverer_strike,) if case.recoverer_strike else ()}
-    loop = SimulatedLoop(_NoRandomness(), shuffled=False)  # type: ignore[arg-type]
+    loop = SimulatedLoop(_NoRandomness(), shuffled=False)  # type: ignore[arg-type, abstract]
     stage = _Stage(
         case,
         loop,
@@ -254,7 +254,7 @@ def _fill(stage: _Stage, shape: Shape, manager: TransactionManager) -> None:
     for table in (manager.states.table, IntentLog(stage.stores["a"]).table, transactional(TABLES["one"])):
         stored_now(stage.stores["a"].create_table(table))
     stored_now(stage.stores["b"].create_table(transactional(TABLES["two"])))
-    metadata = {"tx_id": "initial", "tx_state": 3, "tx_version": 1, "tx_prepared_at": 1, "tx_committed_at": 1}
+    metadata: Row = {"tx_id": "initial", "tx_state": 3, "tx_version": 1, "tx_prepared_at": 1, "tx_committed_at": 1}
     for place in (*sorted(shape.there), READ_ONLY):
         put = Put(transactional(TABLES[place[0]]), key_of(place), {"value": 1, "note": "old", **metadata})
         stored_now(stage.stores["a" if place[0] == "one" else "b"].mutate([put]))
@@ -298,7 +298,7 @@ def _judged(stage: _Stage, shape: Shape) -> list[str]:
         for place in shape.writes
     }
     found = [
-        f"{place} is left in state {row['tx_state']}"
+        f"{place} is left in state {row['tx_state']!s}"
         for place, row in rows.items()
         if row is not None and (not is_committed(row) or row["before_tx_id"] is not None)
     ]

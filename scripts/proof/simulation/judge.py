@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from infra.consensus_commit.states import Isolation, TransactionState
 from infra.storage.operations import Row
@@ -82,7 +82,7 @@ def _answers(evidence: Evidence) -> list[str]:
 
 def _at_rest(evidence: Evidence) -> list[str]:
     return [
-        f"{namespace} {row['part']} {row['id']} is left in state {row['tx_state']} by {row['tx_id']}"
+        f"{namespace} {row['part']} {row['id']} is left in state {row['tx_state']!s} by {row['tx_id']!s}"
         for namespace, rows in evidence.rows.items()
         for row in rows
         if row["tx_id"] is not None
@@ -97,7 +97,7 @@ def _last_writers(evidence: Evidence, final: Mapping[Any, Row]) -> list[str]:
     """Each record holds what the last committed transaction in its chain left."""
     found = []
     for (namespace, key), chain in evidence.witness.chains.items():
-        place = (namespace, key.partition[0], key.clustering[0])
+        place: Place = (namespace, cast(int, key.partition[0]), cast(int, key.clustering[0]))
         effective = [t for t in chain if t in evidence.logs and _is_committed(evidence, evidence.logs[t])]
         row = final.get(place)
         if not effective:
@@ -108,7 +108,7 @@ def _last_writers(evidence: Evidence, final: Mapping[Any, Row]) -> list[str]:
         last = evidence.logs[effective[-1]]
         deleted = last.writes[place][0] == "delete"
         if (row is None) != deleted or (row is not None and row["tx_id"] != last.tx_id):
-            found.append(f"{place} should be as {last.tx_id} left it, and is as {row and row['tx_id']} did")
+            found.append(f"{place} should be as {last.tx_id} left it, and is as {row and row['tx_id']!s} did")
     return found
 
 
@@ -120,7 +120,7 @@ def _money(evidence: Evidence, committed: list[Log], final: Mapping[Any, Row]) -
     total = sum(row["value"] for row in accounts)  # type: ignore[index, misc]
     if total != BALANCE * len(accounts):
         found.append(f"accounts hold {total} instead of {BALANCE * len(accounts)}")
-    versions = sum(row["tx_version"] or 0 for row in accounts)  # type: ignore[index, misc, operator]
+    versions = sum(row["tx_version"] or 0 for row in accounts)  # type: ignore[index, misc]
     transfers = sum(log.kind == "transfer" for log in committed)
     expected = (0 if evidence.imported else len(accounts)) + 2 * transfers
     if versions != expected:

@@ -14,8 +14,14 @@ from unittest.mock import patch
 
 from infra.consensus_commit import commit, compose, coordinator, participant, recovery, scanning, validation
 from infra.consensus_commit.coordinator import CoordinatorStates, StateRow
-from infra.consensus_commit.errors import CommitConflictError, UnknownTransactionStatusError, ValidationConflictError
-from infra.consensus_commit.metadata import TX_VERSION, before_image
+from infra.consensus_commit.errors import (
+    CommitConflictError,
+    PreparationConflictError,
+    UncommittedRecordError,
+    UnknownTransactionStatusError,
+    ValidationConflictError,
+)
+from infra.consensus_commit.metadata import TX_VERSION, after_image, before_image, layout_of
 from infra.consensus_commit.participant import ParticipantTransaction
 from infra.consensus_commit.recovery import RecoveryHandler
 from infra.consensus_commit.snapshot import Snapshot
@@ -167,7 +173,7 @@ def _take_a_refused_prepare_for_a_repetition() -> list[Replacement]:
         except UnknownOutcomeError:
             try:
                 await whole(self, batch, prepared_at_ms)
-            except participant.PreparationConflictError:
+            except PreparationConflictError:
                 batch.prepared = participant._Prepared.YES
 
     return [(ParticipantTransaction, "_prepare", prepare)]
@@ -310,10 +316,10 @@ def _never_roll_back() -> list[Replacement]:
 
 
 def _read_the_before_image_of_a_committed_record() -> list[Replacement]:
-    def after_image(layout: Any, row: Any, *, committed_at_ms: int) -> Any:
+    def stale_image(layout: Any, row: Any, *, committed_at_ms: int) -> Any:
         return before_image(layout, row)
 
-    return [(recovery, "after_image", after_image)]
+    return [(recovery, "after_image", stale_image)]
 
 
 def _read_what_is_not_committed() -> list[Replacement]:
@@ -322,8 +328,8 @@ def _read_what_is_not_committed() -> list[Replacement]:
     async def resolve(self: RecoveryHandler, table: Any, key: Key, row: Any) -> Any:
         try:
             return await whole(self, table, key, row)
-        except recovery.UncommittedRecordError:
-            return recovery.after_image(recovery.layout_of(table), row, committed_at_ms=0)
+        except UncommittedRecordError:
+            return after_image(layout_of(table), row, committed_at_ms=0)
 
     return [(RecoveryHandler, "resolve", resolve)]
 

@@ -294,7 +294,7 @@ class Jobs:
                 if before is None:
                     await transaction.write("insert", place, note=token)
                 else:
-                    await transaction.write("update", place, note=f"{before[1]} {token}")
+                    await transaction.write("update", place, note=f"{before[1]!s} {token}")
 
         return work
 

@@ -92,7 +92,7 @@ class World:
         self.seed = seed
         self.weather = weather
         self.random = random.Random(f"world {seed}")
-        self.loop = SimulatedLoop(self.random, shuffled=weather.shuffled)
+        self.loop = SimulatedLoop(self.random, shuffled=weather.shuffled)  # type: ignore[abstract]
         self.probes = Probes()
         self.logs: dict[str, Log] = {}
         self.violations: list[str] = []
@@ -152,7 +152,7 @@ class World:
             stored_now(self._stores[self._coordinator_store].create_table(table))
         for namespace, alias in self._namespaces.items():
             stored_now(self._stores[alias].create_table(transactional(TABLES[namespace])))
-        metadata = {"tx_id": "initial", "tx_state": 3, "tx_version": 1, "tx_prepared_at": 1, "tx_committed_at": 1}
+        metadata: Row = {"tx_id": "initial", "tx_state": 3, "tx_version": 1, "tx_prepared_at": 1, "tx_committed_at": 1}
         for place, (value, note, color) in self.places.initial().items():
             columns = {"value": value, "note": note, "color": color, **({} if self.weather.imported else metadata)}
             put = Put(transactional(TABLES[place[0]]), key_of(place), columns)
