@@ -36,7 +36,7 @@ What else differs from the port
     repeatable. Columns outside the key are listed by name: Cassandra forgets their order.
 
 Before a table is first used, its keyspace's replication is checked: a quorum of it must be up. Before anything,
-every node's `commitlog_sync` is: `periodic` would answer writes that a power failure takes back.
+`commitlog_sync` of every node of the data centre is: `periodic` would answer writes that a power failure takes back.
 
 ScalarDB 3.19 uses the same tables: types, index names and its keyspace `scalardb` are as it makes them (its
 CassandraAdmin). It takes every keyspace that is not Cassandra's own for a namespace and keeps no list of them.
@@ -45,7 +45,8 @@ CassandraAdmin). It takes every keyspace that is not Cassandra's own for a names
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
@@ -54,7 +55,7 @@ from cassandra.auth import PlainTextAuthProvider
 
 from infra.storage import cassandra_schema as schema
 from infra.storage import cassandra_statements as cql
-from infra.storage.cassandra_session import CassandraSession, SessionSettings
+from infra.storage.cassandra_session import CassandraSession, Rows, SessionSettings
 from infra.storage.cassandra_statements import Statement, TableStatements, simplified, wants_pin
 from infra.storage.conditions import all_hold
 from infra.storage.errors import InvalidOperationError, NoMutationError, UnavailableStorageError
@@ -206,20 +207,13 @@ class CassandraStorage:
         if statement is None:
             return []
         found: list[Row] = []
-        page: bytes | None = None
-        while True:
-            answer = await self._session.read(
-                statement,
-                f"a scan of {scan.table.full_name}",
-                consistency=ConsistencyLevel.SERIAL,
-                page_size=SCAN_PAGE_SIZE,
-                page=page,
-            )
-            rows = map(held.statements.row, answer.rows)
+        what = f"a scan of {scan.table.full_name}"
+        async for values in self._pages(held, statement, what, ConsistencyLevel.SERIAL, SCAN_PAGE_SIZE):
+            rows = map(held.statements.row, values)
             found += [row for row in rows if all_hold(scan.where, row)] if scan.where else rows
-            page = answer.next_page
-            if page is None or (scan.limit and len(found) >= scan.limit):
-                return found[: scan.limit] if scan.limit else found
+            if scan.limit and len(found) >= scan.limit:
+                return found[: scan.limit]
+        return found
 
     async def pages(self, selection: CrossPartition, page_size: int = 256) -> AsyncIterator[list[Row]]:
         held = self._tables.get(selection.table) or await self._learn(selection.table)
@@ -229,7 +223,8 @@ class CassandraStorage:
         else:
             statement = held.statements.all_rows()
         left = selection.limit
-        async for values in self._all(statement, f"a scan of all of {selection.table.full_name}", page_size):
+        what = f"a scan of all of {selection.table.full_name}"
+        async for values in self._pages(held, statement, what, ConsistencyLevel.QUORUM, page_size):
             rows = [row for row in map(held.statements.row, values) if all_hold(selection.where, row)]
             if selection.limit:
                 rows = rows[:left]
@@ -243,7 +238,8 @@ class CassandraStorage:
         held = self._tables.get(table) or await self._learn(table)
         found: list[tuple[Value, ...]] = []
         what = f"the partitions of {table.full_name}"
-        async for values in self._all(held.statements.all_partitions(), what, SCAN_PAGE_SIZE):
+        statement = held.statements.all_partitions()
+        async for values in self._pages(held, statement, what, ConsistencyLevel.QUORUM, SCAN_PAGE_SIZE):
             found += map(held.statements.partition, values)
         return found
 
@@ -267,30 +263,27 @@ class CassandraStorage:
         pins: dict[Key, ColumnCondition | None] = {}
         for _ in range(_MAX_PIN_READS):
             if to_pin:
-                before, pins = pins, await self._pins(to_pin)
+                before, pins = pins, await self._pins(held, to_pin)
                 if before == pins:  # It was not the rows that changed: some other condition does not hold.
                     break
-            if await self._write(asked, pins):
+            if await self._write(held, asked, pins):
                 return
             if not to_pin:
                 break
         raise _unmet(asked)
 
-    async def _write(self, mutations: Sequence[Mutation], pins: Mapping[Key, ColumnCondition | None]) -> bool:
-        table = mutations[0].table
-        statements = self._tables[table].statements
-        what = f"a write of {len(mutations)} row{'s' * (len(mutations) > 1)} of {table.full_name}"
-        try:
-            return await self._session.write([statements.write(m, pins.get(m.key)) for m in mutations], what)
-        except InvalidOperationError:
-            self._tables.pop(table, None)  # It may have been dropped or changed: look again before the next call.
-            raise
+    async def _write(
+        self, held: _Table, mutations: Sequence[Mutation], pins: Mapping[Key, ColumnCondition | None]
+    ) -> bool:
+        what = f"a write of {len(mutations)} row{'s' * (len(mutations) > 1)} of {held.schema.full_name}"
+        statements = [held.statements.write(mutation, pins.get(mutation.key)) for mutation in mutations]
+        with self._looking_again(held):
+            return await self._session.write(statements, what)
 
-    async def _pins(self, mutations: Sequence[Mutation]) -> dict[Key, ColumnCondition | None]:
+    async def _pins(self, held: _Table, mutations: Sequence[Mutation]) -> dict[Key, ColumnCondition | None]:
         """For each mutation, a condition that only the row as it is now can meet; NoMutationError if it is absent."""
         pins: dict[Key, ColumnCondition | None] = {}
         for mutation in mutations:
-            held = self._tables[mutation.table]
             row = await self._get(held, mutation.key)
             if row is None or (isinstance(mutation.condition, If) and not all_hold(mutation.condition.conditions, row)):
                 raise _unmet(mutations)
@@ -299,19 +292,32 @@ class CassandraStorage:
 
     async def _get(self, held: _Table, key: Key) -> Row | None:
         what = f"a read of {held.schema.full_name}"
-        answer = await self._session.read(held.statements.get(key), what, consistency=ConsistencyLevel.SERIAL)
+        with self._looking_again(held):
+            answer = await self._session.read(held.statements.get(key), what, consistency=ConsistencyLevel.SERIAL)
         return held.statements.row(answer.rows[0]) if answer.rows else None
 
-    async def _all(self, statement: Statement, what: str, page_size: int) -> AsyncIterator[list[tuple[Any, ...]]]:
+    async def _pages(
+        self, held: _Table, statement: Statement, what: str, consistency: int, page_size: int
+    ) -> AsyncIterator[Rows]:
         page: bytes | None = None
         while True:
-            answer = await self._session.read(
-                statement, what, consistency=ConsistencyLevel.QUORUM, page_size=page_size, page=page
-            )
+            with self._looking_again(held):
+                answer = await self._session.read(
+                    statement, what, consistency=consistency, page_size=page_size, page=page
+                )
             yield answer.rows
             page = answer.next_page
             if page is None:
                 return
+
+    @contextmanager
+    def _looking_again(self, held: _Table) -> Iterator[None]:
+        """Look a table up again before its next use if the server refused a call: it may have been changed."""
+        try:
+            yield
+        except InvalidOperationError:
+            self._tables.pop(held.schema, None)
+            raise
 
     async def close(self) -> None:
         """Wait for what is outstanding and close the connections; nothing can be asked afterwards."""

@@ -9,8 +9,8 @@ the driver's thread fills. What does block (connecting, preparing, closing) runs
     retries     none, and no speculative execution: the driver passes every error on (FallthroughRetryPolicy). It only
                 tries another node for what it could not send at all, and prepares a statement anew that a node forgot
     routing     to the first replica of a partition, always in the same order, so that one node leads its Paxos rounds
-    tables      changes go through one node as long as it lives, the one with the smallest address: two clients that
-                create a table at once must not do it on two nodes. The answer waits until all nodes agree
+    tables      changes go through one node as long as it lives, the first of the data centre by address: two clients
+                that create a table at once must not do it on two nodes. The answer waits until all nodes agree
 
 Never here: what the statements mean. A session does not survive a fork and cannot be pickled.
 """
@@ -43,6 +43,9 @@ logger = logging.getLogger(__name__)
 
 MAX_PREPARED_STATEMENTS = 2_000
 _RECONNECT_DELAY_S = 0.5
+# A connection that a network swallowed in silence is noticed after the sum of both.
+_HEARTBEAT_INTERVAL_S = 5
+_HEARTBEAT_TIMEOUT_S = 10
 _ADMINISTRATION_TIMEOUT_S = 60.0
 _SCHEMA_AGREEMENT_WAIT_S = 30
 _SYNC_SETTING = "SELECT value FROM system_views.settings WHERE name = 'commitlog_sync'"
@@ -81,7 +84,7 @@ class _LoopSide:
 
     loop: asyncio.AbstractEventLoop
     permits: asyncio.Semaphore
-    connecting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    connecting: asyncio.Task[Session] | None = None
     preparing: dict[str, asyncio.Future[Any]] = field(default_factory=dict)
     answers: deque[Callable[[], None]] = field(default_factory=deque)
     woken: bool = False
@@ -169,8 +172,7 @@ class CassandraSession:
         if parameters:
             statement = (await self._prepare(cql, what)).bind(parameters)
         statement.consistency_level = ConsistencyLevel.QUORUM if parameters else ConsistencyLevel.ONE
-        hosts = [host for host in session.cluster.metadata.all_hosts() if host.is_up is not False]
-        host = min(hosts, key=lambda host: str(host.endpoint), default=None)
+        host = next(iter(_connected_nodes(session)), None)
         rows: Rows = []
         page: bytes | None = None
         while True:
@@ -201,19 +203,20 @@ class CassandraSession:
         return live
 
     async def on_every_node(self, cql: str, what: str) -> list[Rows]:
-        """The rows that each live node answers by itself."""
+        """The rows that each live node of the data centre answers by itself."""
         session = await self._connected()
         answers = []
-        for host in session.cluster.metadata.all_hosts():
-            if host.is_up is not False:
-                statement = SimpleStatement(cql, consistency_level=ConsistencyLevel.ONE)
-                answer = await self._send(statement, lambda error, _sent: read_error(error, what), host=host)
-                answers.append(answer.rows)
+        for host in _connected_nodes(session):
+            statement = SimpleStatement(cql, consistency_level=ConsistencyLevel.ONE)
+            answer = await self._send(statement, lambda error, _sent: read_error(error, what), host=host)
+            answers.append(answer.rows)
         return answers
 
     async def close(self) -> None:
         """Wait for what is outstanding, then close every connection."""
         self._closed = True
+        if self._side is not None and self._side.connecting is not None:
+            await asyncio.wait([self._side.connecting])
         await self._idle.wait()
         cluster, self._cluster, self._session = self._cluster, None, None
         if cluster is not None:
@@ -225,21 +228,26 @@ class CassandraSession:
     # -- connecting
 
     async def _connected(self) -> Session:
+        """The session, opened by one task however many wait for it, which goes on if they give up."""
         if self._session is not None:
             return self._session
         if self._closed:
             raise InvalidOperationError("this storage was closed")
         side = self._loop_side()
-        async with side.connecting:
-            if self._session is None:
-                cluster, session = await self._in_thread(self._connect)
-                try:
-                    await self._check_durability(session)
-                except BaseException:
-                    await self._in_thread(cluster.shutdown)
-                    raise
-                self._cluster, self._session = cluster, session
-        return self._session
+        if side.connecting is None or side.connecting.done():
+            side.connecting = asyncio.ensure_future(self._open())
+            side.connecting.add_done_callback(_retrieved)
+        return await asyncio.shield(side.connecting)
+
+    async def _open(self) -> Session:
+        cluster, session = await self._in_thread(self._connect)
+        try:
+            await self._check_durability(session)
+        except BaseException:
+            await self._in_thread(cluster.shutdown)
+            raise
+        self._cluster, self._session = cluster, session
+        return session
 
     def _connect(self) -> tuple[Cluster, Session]:
         settings = self._settings
@@ -263,6 +271,8 @@ class CassandraSession:
                 protocol_version=settings.protocol_version,
                 reconnection_policy=ConstantReconnectionPolicy(_RECONNECT_DELAY_S, max_attempts=None),
                 max_schema_agreement_wait=_SCHEMA_AGREEMENT_WAIT_S,
+                idle_heartbeat_interval=_HEARTBEAT_INTERVAL_S,
+                idle_heartbeat_timeout=_HEARTBEAT_TIMEOUT_S,
                 connect_timeout=settings.request_timeout_s,
                 control_connection_timeout=settings.request_timeout_s,
             )
@@ -288,9 +298,7 @@ class CassandraSession:
 
     async def _check_durability(self, session: Session) -> None:
         """Refuse nodes that answer writes before they are on the disk."""
-        for host in session.cluster.metadata.all_hosts():
-            if host.is_up is False:
-                continue
+        for host in _connected_nodes(session):
             statement = SimpleStatement(_SYNC_SETTING, consistency_level=ConsistencyLevel.ONE)
             try:
                 answer = await self._send(
@@ -333,11 +341,10 @@ class CassandraSession:
         waiting = side.preparing.get(cql)
         if waiting is None:
             waiting = side.preparing[cql] = asyncio.ensure_future(self._in_thread(session.prepare, cql))
+            waiting.add_done_callback(_retrieved)
             waiting.add_done_callback(lambda _done: side.preparing.pop(cql, None))
         try:
             prepared = await asyncio.shield(waiting)
-        except asyncio.CancelledError:
-            raise
         except Exception as error:  # Nothing but the statement's text was sent.
             raise read_error(error, what) from error
         self._prepared[cql] = prepared
@@ -375,6 +382,13 @@ class CassandraSession:
                 answer.set_result(page)
 
         def on_rows(rows: Any, response: ResponseFuture) -> None:
+            if not response.is_schema_agreed:
+                disagreed = UnavailableStorageError(
+                    "the nodes do not agree on the schema yet",
+                    remedy="see with `nodetool describecluster` which node differs, and do it again",
+                )
+                side.post(lambda: settle(None, disagreed))
+                return
             page = Page(rows or [], ResultSet(response, rows or []).paging_state)
             side.post(lambda: settle(page, None))
 
@@ -417,6 +431,17 @@ class CassandraSession:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="cassandra")
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+
+def _retrieved(done: asyncio.Future[Any]) -> None:
+    """Look at the error of a shared task, all of whose waiters may have given up."""
+    if not done.cancelled():
+        done.exception()
+
+
+def _connected_nodes(session: Session) -> list[Any]:
+    """The nodes that requests can be sent to, those of other data centres not among them, by address."""
+    return sorted((host for host in session.get_pool_state() if host.is_up is not False), key=lambda h: str(h.endpoint))
 
 
 class _Unreadable(Exception):

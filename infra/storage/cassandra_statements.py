@@ -95,6 +95,8 @@ _TIME_ZERO = datetime.datetime(1970, 1, 1)
 _ORDINAL_ZERO = _DAY_ZERO.toordinal()
 _MS = datetime.timedelta(milliseconds=1)
 
+_BOUND_AS_THEY_ARE = frozenset({type(None), bool, int, str, bytes})
+
 Parameters: TypeAlias = tuple[Any, ...]
 """Values as the driver's prepared statements take them."""
 
@@ -337,6 +339,8 @@ def _encoded_all(values: Iterable[Value]) -> Parameters:
 
 def _encoded(value: Value) -> Any:
     """A value as the driver binds it; no negative zero, so that equal values are equal bytes."""
+    if type(value) in _BOUND_AS_THEY_ARE:
+        return value
     match value:
         case float():
             return value + 0.0

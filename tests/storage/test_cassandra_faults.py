@@ -328,6 +328,50 @@ async def test_many_who_come_first_share_one_connection_and_one_preparation(
     await storage.close()
 
 
+async def test_callers_who_give_up_while_it_connects_leave_a_storage_that_works(
+    cassandra: LocalCassandra, direct: CassandraStorage
+):
+    storage = CassandraStorage([cassandra.contact_point], cassandra.port)
+    given_up = [asyncio.ensure_future(storage.get(TABLE, at("warm"))) for _ in range(3)]
+    await asyncio.sleep(0)
+    for read in given_up:
+        read.cancel()
+
+    assert await storage.get(TABLE, at("warm")) is None
+    assert all(read.cancelled() for read in given_up)
+    await storage.close()
+
+    unfinished = CassandraStorage([cassandra.contact_point], cassandra.port)
+    reading = asyncio.ensure_future(unfinished.get(TABLE, at("warm")))
+    await asyncio.sleep(0)
+    await unfinished.close()
+    with pytest.raises(InvalidOperationError, match="closed"):
+        await reading
+
+
+async def test_a_table_that_another_client_replaced_is_looked_up_again(
+    cassandra: LocalCassandra, direct: CassandraStorage
+):
+    other = CassandraStorage([cassandra.contact_point], cassandra.port)
+    table = TableSchema(NAMESPACE, "replaced", {"id": T.TEXT, "v": T.INT}, ("id",))
+    wider = TableSchema(NAMESPACE, "replaced", {"id": T.TEXT, "v": T.TEXT, "w": T.INT}, ("id",))
+    await direct.create_table(table)
+    await direct.mutate([Put(table, Key(("a",)), {"v": 1}, IfNotExists())])
+
+    await other.drop_table(table)
+    with pytest.raises(InvalidOperationError):
+        await direct.get(table, Key(("a",)))
+    with pytest.raises(InvalidOperationError, match="no table"):
+        await direct.get(table, Key(("a",)))
+    await other.create_table(wider)
+    with pytest.raises(InvalidOperationError, match="exists otherwise"):
+        await direct.get(table, Key(("a",)))
+    await direct.mutate([Put(wider, Key(("a",)), {"v": "x", "w": 1}, IfNotExists())])
+
+    assert await direct.get(wider, Key(("a",))) == {"id": "a", "v": "x", "w": 1}
+    await other.close()
+
+
 # Rows that are absent or change while IS NULL is asked
 
 
@@ -498,6 +542,14 @@ async def test_what_does_not_answer_is_unavailable_with_a_remedy(cassandra: Loca
         await storage.close()
 
 
+# By what the patient client was told, who may have written the row.
+WINNERS: dict[type, set[str]] = {
+    type(None): {"patient"},
+    NoMutationError: {"hasty"},
+    UnknownOutcomeError: {"patient", "hasty"},
+}
+
+
 async def test_a_paused_server_leaves_outcomes_unknown_and_its_late_writes_meet_their_competitors(tmp_path: Path):
     """The process is stopped longer than clients wait, then goes on. Then it starts anew, and may lose writes."""
     from infra.servers.cassandra import LocalCassandra
@@ -527,13 +579,12 @@ async def test_a_paused_server_leaves_outcomes_unknown_and_its_late_writes_meet_
         server.resume()
 
         answers = await asyncio.gather(*competing, return_exceptions=True)
-        assert {type(answer) for answer in answers} <= {type(None), NoMutationError}
-        for key, answer in zip(keys, answers, strict=True):
-            row = await patient.get(TABLE, key)
+        rows = await asyncio.gather(*(patient.get(TABLE, key) for key in keys))
+        for answer, row in zip(answers, rows, strict=True):
             assert row is not None
-            assert row["w"] == ("patient" if answer is None else "hasty")
-        again = [(row or {})["w"] for row in await asyncio.gather(*(patient.get(TABLE, key) for key in keys))]
-        assert again == ["patient" if answer is None else "hasty" for answer in answers]
+            # A slow machine may lose the patient client's connection, too; then either may have won.
+            assert row["w"] in WINNERS[type(answer)]
+        assert await asyncio.gather(*(patient.get(TABLE, key) for key in keys)) == rows
     finally:
         server.resume()
         await hasty.close()
