@@ -4,6 +4,7 @@
     witness     an independent consumer that sees every message of every topic
     judge       whether a history of messages keeps the promises; pure, and shares no code with the system
     tables      committed rows, made comparable between two runs
+    histories   random transactions on the engine alone, under faults, and a checker of what they saw
     scenarios   the long proofs; `python -m scripts.proof --help` lists them
 
 The end-to-end tests use the same parts on small data.

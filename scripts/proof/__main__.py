@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.consensus_commit.states import Isolation
+from infra.storage.errors import InvalidOperationError
 from scripts.proof import scenarios
 from scripts.proof.histories.command import NAMED, prove_histories
 from scripts.proof.simulation.mutations import MUTATIONS
@@ -107,6 +108,9 @@ def main() -> int:
         if files:
             report["files"] = [str(file) for file in files]
         report |= _run(arguments, work)
+    except InvalidOperationError as error:  # --storage is neither a name nor a URL
+        print(error, file=sys.stderr)
+        return 2
     finally:
         if kept is None:
             shutil.rmtree(work, ignore_errors=True)

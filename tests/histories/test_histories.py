@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from infra.consensus_commit.coordinator import CoordinatorStates, StateRow
 from infra.consensus_commit.errors import TransactionConflictError, UnknownTransactionStatusError
 from infra.consensus_commit.recovery import RecoveryHandler
 from infra.consensus_commit.states import Isolation, TransactionState
+from infra.storage.errors import InvalidOperationError
 from infra.storage.memory import MemoryStorage
 from infra.storage.port import Storage
+from scripts.proof.histories.command import plans, prove_histories
 from scripts.proof.histories.running import Plan, Report, create_tables, run, vacuous
 from scripts.proof.histories.workloads import Workload
 from tests.storages import LOCAL, SERVERS
@@ -71,6 +74,46 @@ async def test_what_a_weaker_level_allows_is_seen_in_its_histories(isolation: Is
 
     assert report.wrong == []
     assert report.allowed["G2"] > 0
+
+
+# -- the command
+
+
+def test_the_command_runs_every_workload_at_every_level(tmp_path: Path) -> None:
+    report = prove_histories("memory", tmp_path, transactions=1800, seed=3)
+
+    assert report["holds"], report
+    assert {(run["workload"], run["isolation"]) for run in report["runs"]} == {
+        (workload.value, isolation.value) for workload in Workload for isolation in Isolation
+    }
+
+
+def test_a_long_proof_is_several_runs_with_seeds_of_their_own() -> None:
+    chosen = plans(100_000, seed=3, isolations=(SERIALIZABLE,))
+
+    assert sum(plan.transactions for plan in chosen) == pytest.approx(100_000, rel=0.01)
+    assert max(plan.transactions for plan in chosen) <= 2_500
+    assert len({(plan.workload, plan.seed) for plan in chosen}) == len(chosen)
+
+
+def test_the_command_refuses_a_storage_that_there_is_not(tmp_path: Path) -> None:
+    with pytest.raises(InvalidOperationError, match="there is no storage"):
+        prove_histories("punch-cards", tmp_path, transactions=900, seed=1)
+
+
+def test_a_run_that_could_prove_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="proves nothing"):
+        Plan(Workload.LISTS, SERIALIZABLE, transactions=10, seed=1)
+
+
+def test_runs_without_commits_conflicts_or_faults_prove_nothing() -> None:
+    report = Report(Plan(Workload.LISTS, SERIALIZABLE, transactions=100, seed=1), history=[])
+
+    missing = vacuous([report])
+    assert any("under a quarter" in line for line in missing)
+    assert any("conflicts" in line for line in missing)
+    assert any("no call met 'crash late'" in line for line in missing)
+    assert any("no record was rolled_forward" in line for line in missing)
 
 
 # -- a broken engine is found out

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,21 @@ def prove_histories(
 
     Raises InvalidOperationError for a `storage` that is neither one of NAMED nor a URL.
     """
-    # What a dying process leaves unsaid is part of the weather.
-    logging.getLogger("infra").setLevel(logging.CRITICAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    return asyncio.run(_prove(storage, work, plans(transactions, seed, isolations)))
+    with _silent("infra", "asyncio"):
+        return asyncio.run(_prove(storage, work, plans(transactions, seed, isolations)))
+
+
+@contextmanager
+def _silent(*names: str) -> Iterator[None]:
+    """Without what they log below CRITICAL: a dying process leaves much unsaid, and that is part of the weather."""
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def plans(transactions: int, seed: int, isolations: tuple[Isolation, ...]) -> list[Plan]:

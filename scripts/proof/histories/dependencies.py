@@ -178,16 +178,18 @@ def infer(history: Sequence[Transaction]) -> Inference:
     names = [transaction.id for transaction in history]
     writers = _writers(history)
     effective = took_effect(history)
-    lists: dict[RecordKey, _Record] = defaultdict(_Record)
-    registers: dict[RecordKey, _Record] = defaultdict(_Record)
+    lists: dict[RecordKey, list[_ListUse]] = defaultdict(list)
+    registers: dict[RecordKey, list[_RegisterUse]] = defaultdict(list)
     for number in effective:
-        for name, record in _own_view(history[number], number, inference):
-            is_list = isinstance(record, _ListUse)
-            (lists if is_list else registers)[name].uses.append(record)
-    for key, record in lists.items():
-        _infer_list(key, record.uses, history, names, writers, inference)
-    for key, record in registers.items():
-        _infer_register(key, record.uses, history, names, writers, inference)
+        for key, use in _own_view(history[number], number, inference):
+            if isinstance(use, _ListUse):
+                lists[key].append(use)
+            else:
+                registers[key].append(use)
+    for key, list_uses in lists.items():
+        _infer_list(key, list_uses, history, names, writers, inference)
+    for key, register_uses in registers.items():
+        _infer_register(key, register_uses, history, names, writers, inference)
     return inference
 
 
@@ -215,11 +217,6 @@ class _RegisterUse:
 
 
 _Use = _ListUse | _RegisterUse
-
-
-@dataclass(slots=True)
-class _Record:
-    uses: list[_Use] = field(default_factory=list)
 
 
 def _own_view(transaction: Transaction, number: int, inference: Inference) -> Iterator[tuple[RecordKey, _Use]]:
@@ -288,13 +285,12 @@ def _check_origin(
 
 def _infer_list(
     key: RecordKey,
-    uses: Sequence[_Use],
+    list_uses: Sequence[_ListUse],
     history: Sequence[Transaction],
     names: Sequence[str],
     writers: Mapping[tuple[RecordKey, int], _Writer],
     inference: Inference,
 ) -> None:
-    list_uses = [use for use in uses if isinstance(use, _ListUse)]
     order: Elements = max((use.whole for use in list_uses), key=len, default=())
     longest_reader = next((use.transaction for use in list_uses if use.whole == order), 0)
     if len(set(order)) != len(order):
@@ -382,13 +378,12 @@ def _check_last(
 
 def _infer_register(
     key: RecordKey,
-    uses: Sequence[_Use],
+    register_uses: Sequence[_RegisterUse],
     history: Sequence[Transaction],
     names: Sequence[str],
     writers: Mapping[tuple[RecordKey, int], _Writer],
     inference: Inference,
 ) -> None:
-    register_uses = [use for use in uses if isinstance(use, _RegisterUse)]
     readers: dict[int | None, list[int]] = defaultdict(list)
     for use in register_uses:
         for value in dict.fromkeys(use.found):

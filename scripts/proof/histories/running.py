@@ -63,6 +63,7 @@ logger = logging.getLogger(__name__)
 COORDINATOR_NAMESPACE = "history_coordinator"
 
 _AT_ONCE = 16
+_AT_LEAST = 50
 _READ_BACK = 8
 _SWEEP_EVERY = 60
 _BACKOFF = 40
@@ -86,6 +87,10 @@ class Plan:
     clients: int = 3
     lifetime_ms: int = 20
     rates: FaultRates = FaultRates()  # noqa: RUF009 - frozen
+
+    def __post_init__(self) -> None:
+        if self.transactions < _AT_LEAST:
+            raise ValueError(f"a run of {self.transactions} transactions proves nothing: at least {_AT_LEAST}")
 
 
 @dataclass(slots=True)
@@ -280,7 +285,8 @@ class Run:
                 return Outcome.UNKNOWN
 
         task = asyncio.create_task(attempted())
-        await asyncio.wait({task, process.storage.died}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {task, process.storage.died}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if process.storage.dead:  # Whatever it would still say, nobody hears it.
             self._abandoned.append(task)
             outcome = Outcome.UNKNOWN

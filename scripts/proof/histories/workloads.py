@@ -192,7 +192,7 @@ class Script:
             for account, change in ((payer, -amount), (payee, amount)):
                 row = await _read_account(tx, attempt, account)
                 attempt.operations.append(Write(account.name, tag))
-                changed = {"number": cast(int, row["number"]) + change, "elements": str(tag)}
+                changed: Row = {"number": cast(int, row["number"]) + change, "elements": str(tag)}
                 await tx.upsert(account.table, account.key, changed)
 
         return work
