@@ -10,6 +10,11 @@ they were before, since a scan may have missed what the write then found. A reco
 its new or its old values meet the scan's conditions: whichever of them will hold, the scan must have seen it. (ScalarDB
 leaves out the one, and looks for the other in indexes only.)
 
+Absences come first, then scans, then what is there. A record that is there has not changed since it was read, so it was
+so at every time in between; an absence only says how it is now, for a record may have come and gone. Looked at first,
+one absence (or one scan) and all that is there hold at one time: when it was looked at. Of several absences that were
+each interrupted during this very look, no order could tell; ScalarDB looks at everything at once.
+
 Reads records; writes nothing.
 """
 
@@ -27,9 +32,12 @@ from infra.storage.port import Storage
 
 async def validate(snapshot: Snapshot, storage: Storage, tx_id: str) -> None:
     """Raises ValidationConflictError if a read of `snapshot`, transaction `tx_id`'s, would come out differently now."""
-    checks = [_validate_get(snapshot, storage, record_id, layout) for record_id, layout in snapshot.gets_to_validate()]
-    checks += [_validate_scan(storage, read, tx_id) for read in snapshot.scans_to_validate()]
-    await in_parallel(checks)
+    gets = snapshot.gets_to_validate()
+    absent = [get for get in gets if snapshot.reads[get[0]] is None]
+    present = [get for get in gets if snapshot.reads[get[0]] is not None]
+    await in_parallel([_validate_get(snapshot, storage, *get) for get in absent])
+    await in_parallel([_validate_scan(storage, read, tx_id) for read in snapshot.scans_to_validate()])
+    await in_parallel([_validate_get(snapshot, storage, *get) for get in present])
 
 
 async def _validate_get(snapshot: Snapshot, storage: Storage, record_id: RecordId, layout: Layout) -> None:

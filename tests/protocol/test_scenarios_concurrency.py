@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Awaitable, Callable
 
 import pytest
-from faults import FaultyStorage
+from faults import FaultyStorage, following, reads_of, writes_to
 from protocol_world import ACCOUNT, STOCK, World, key, row, whole
 
 from infra.consensus_commit.errors import (
@@ -15,9 +16,10 @@ from infra.consensus_commit.errors import (
     TransactionConflictError,
     ValidationConflictError,
 )
+from infra.consensus_commit.metadata import transactional
 from infra.consensus_commit.states import Isolation
 from infra.consensus_commit.transaction import Transaction
-from infra.storage.operations import ColumnCondition, IfExists, Operator, Row, Scan
+from infra.storage.operations import Bound, ColumnCondition, IfExists, Operator, Row, Scan
 
 each_isolation = pytest.mark.parametrize("isolation", list(Isolation))
 
@@ -239,6 +241,43 @@ async def test_scenario_44_a_record_that_came_to_match_is_not_hidden_by_the_tran
         await transaction.commit()
 
     assert await world.balances() == {("account", 1, 1): 77}
+
+
+@pytest.mark.parametrize("scans", [False, True], ids=["get", "scan"])
+async def test_scenario_44_an_absence_that_was_over_for_a_while_is_not_taken_for_one_that_lasted(
+    world: World, scans: bool
+) -> None:
+    """A record inserted and deleted again is as absent as before: nothing in it tells that time has passed.
+
+    Another transaction inserts 5 and changes 2, whose new value is read: this one comes after it. A third deletes 5
+    and changes 1, whose old value was read: this one comes before it. In between, 5 was there. That only shows if
+    absences are looked at before what is there.
+    """
+    await world.given({1: 10, 2: 20})
+    transaction = world.begin()
+    if scans:
+        assert len(await transaction.scan(Scan(ACCOUNT, (1,), end=Bound((1,))))) == 1
+    else:
+        await transaction.get(ACCOUNT, key(1))
+    assert await transaction.get(ACCOUNT, key(5)) is None
+
+    async def insert(other: Transaction) -> None:
+        await other.insert(ACCOUNT, key(5), {"balance": 50})
+        await other.update(ACCOUNT, key(2), {"balance": 21})
+
+    async def delete(other: Transaction) -> None:
+        await other.delete(ACCOUNT, key(5))
+        await other.update(ACCOUNT, key(1), {"balance": 11})
+
+    await world.commits(insert)
+    assert await transaction.get(ACCOUNT, key(2)) == row(2, 21)
+    await transaction.insert(STOCK, key(1), {"balance": 1})
+    looks = following(writes_to(transactional(STOCK)), reads_of(transactional(ACCOUNT)))
+    looked = itertools.count()
+    world.storage.visit_before(lambda call: looks(call) and next(looked) == 1, lambda: world.commits(delete))
+
+    with pytest.raises(ValidationConflictError):
+        await transaction.commit()
 
 
 async def test_scenario_44_scanned_records_that_the_transaction_itself_has_changed_are_fine(world: World) -> None:
