@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import datetime
 import functools
+import json
+import math
 import struct
+from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +27,7 @@ from infra.storage.dynamodb_encoding import (
 )
 from infra.storage.dynamodb_statements import TableRequests
 from infra.storage.errors import InvalidOperationError
-from infra.storage.operations import Bound, DataType, Key, Row, Scan, TableSchema, Value
+from infra.storage.operations import Bound, DataType, Key, Put, Row, Scan, TableSchema, Value
 
 T = DataType
 UTC = datetime.UTC
@@ -253,6 +257,90 @@ def test_a_key_column_has_the_bytes_that_scalardb_gives_it(
 )
 def test_a_value_is_the_attribute_that_scalardb_makes_of_it(data_type: DataType, value: Value, attribute: object):
     assert encoded(value, data_type) == attribute
+
+
+# What ScalarDB 3.19 itself put into DynamoDB Local: `Put`s without condition through its storage API, of the rows that
+# `_put_by_scalardb` gives, in the order in which its scan returned them. Bytes are written in hexadecimal.
+STORED_BY_SCALARDB = json.loads(
+    (Path(__file__).parent / "scalardb_3_19_dynamodb_items.json").read_text(encoding="utf-8"),
+    object_hook=lambda read: {"B": bytes.fromhex(read["B"])} if read.keys() == {"B"} else read,
+)
+SCALARDBS = TableSchema(
+    "javans",
+    "t",
+    {
+        **{"p": T.TEXT, "q": T.INT, "a": T.TEXT, "b": T.BIGINT, "c": T.TIMESTAMPTZ, "d": T.DATE, "e": T.BOOLEAN},
+        **{"vb": T.BOOLEAN, "vi": T.INT, "vl": T.BIGINT, "vf": T.FLOAT, "vd": T.DOUBLE, "vt": T.TEXT, "vx": T.BLOB},
+        **{"vdate": T.DATE, "vtime": T.TIME, "vts": T.TIMESTAMP, "vtz": T.TIMESTAMPTZ},
+    },
+    ("p", "q"),
+    ("a", "b", "c", "d", "e"),
+    frozenset("ace"),
+    frozenset({"vt"}),
+)
+TAKEN_IN_ORDER = (3, 1, 5, 0, 4, 2)
+
+
+def _put_by_scalardb(n: int) -> tuple[Key, dict[str, Value]]:
+    epoch = datetime.datetime(1970, 1, 1, tzinfo=UTC)
+    clustering = (
+        "xy" if n % 2 else "x",
+        n % 3 - 1,
+        epoch + datetime.timedelta(milliseconds=n * 1001 - 2500),
+        datetime.date(1970, 1, 1) + datetime.timedelta(days=n - 3),
+        n % 2 == 0,
+    )
+    if n == 5:
+        return Key(("é", -7), clustering), {}
+    return Key(("é", -7), clustering), {
+        "vb": n % 2 == 0,
+        "vi": -n,
+        "vl": 2**53 - n,
+        "vf": struct.unpack("f", struct.pack("f", n / 10))[0],
+        "vd": math.pi * 10.0 ** (n * 20),
+        "vt": f"t{n % 2}",
+        "vx": bytes([0, n, 255]),
+        "vdate": datetime.date(1000 + n, 2, 28),
+        "vtime": (datetime.datetime.min + datetime.timedelta(microseconds=n * 1_234_567)).time(),
+        "vts": datetime.datetime(1969 - n * 100, 12, 31, 23, 59, 59, 7_000 * n),
+        "vtz": datetime.datetime(1969, 12, 31, 23, 59, 58, 1_000 * n, tzinfo=UTC),
+    }
+
+
+@pytest.mark.parametrize(("item", "n"), list(zip(STORED_BY_SCALARDB, TAKEN_IN_ORDER, strict=True)))
+def test_what_scalardb_stored_is_read_and_would_be_stored_the_same(item: dict[str, Any], n: int):
+    key, columns = _put_by_scalardb(n)
+    requests = TableRequests(SCALARDBS)
+    names = SCALARDBS.key_columns
+
+    row = requests.row(item)
+    write = requests.write(Put(SCALARDBS, key, columns))
+
+    expected = {
+        **dict.fromkeys(SCALARDBS.columns),
+        **dict(zip(names, key.partition + key.clustering, strict=True)),
+        **columns,
+    }
+    assert row == expected
+    assert write is not None
+    written = dict(write.request["Key"])
+    assignments = write.request["UpdateExpression"].removeprefix("SET ").split(", ")
+    for name, value in (assignment.split(" = ") for assignment in assignments):
+        column = write.request["ExpressionAttributeNames"][name]
+        written[column] = write.request["ExpressionAttributeValues"][value]
+    assert _by_value(written) == _by_value(item)
+
+
+def test_rows_stored_by_scalardb_lie_in_the_order_that_keys_give_them():
+    keys = [clustering_key(SCALARDBS, _put_by_scalardb(n)[0].clustering) for n in TAKEN_IN_ORDER]
+
+    assert keys == sorted(keys)
+    assert keys == [item["concatenatedClusteringKey"]["B"] for item in STORED_BY_SCALARDB]
+
+
+def _by_value(item: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of an item, numbers by what they are worth: DynamoDB compares them so."""
+    return {name: Decimal(held["N"]) if "N" in held else held for name, held in item.items()}
 
 
 @pytest.mark.parametrize("data_type", list(T))
