@@ -82,7 +82,7 @@ def _answers(evidence: Evidence) -> list[str]:
 
 def _at_rest(evidence: Evidence) -> list[str]:
     return [
-        f"{namespace} {row['part']} {row['id']} is left in state {row['tx_state']!s} by {row['tx_id']!s}"
+        f"{namespace} {row['part']!s} {row['id']!s} is left in state {row['tx_state']!s} by {row['tx_id']!s}"
         for namespace, rows in evidence.rows.items()
         for row in rows
         if row["tx_id"] is not None

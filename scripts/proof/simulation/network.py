@@ -57,6 +57,7 @@ class Network:
         self.faults: Counter[str] = Counter()
         self.calls = 0
         self.under_way = 0
+        self.under_way_of: Counter[int] = Counter()
         self.healed = False
         self.down: set[str] = set()
         self._trace = hashlib.blake2b(digest_size=16)
@@ -118,6 +119,7 @@ class Network:
                 self._refuse(there_s + back_s, process, answer, fault)
                 there_s += self._draw() * self._weather.late_s
         self.under_way += 1
+        self.under_way_of[process.number] += 1
         self.loop.deliver(there_s, None, self._apply, process, store, method, argument, answer, back_s, fault)
         if fault is CallFault.CRASH_SENT:
             self._crash(process)
@@ -143,6 +145,7 @@ class Network:
         fault: CallFault | None,
     ) -> None:
         self.under_way -= 1
+        self.under_way_of[process.number] -= 1
         call = begun(store, method, argument)
         error: StorageError | None = None
         result = None

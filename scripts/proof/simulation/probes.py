@@ -60,6 +60,8 @@ PROBES: dict[str, str] = {
     "unknown_was_committed": "a client was told 'unknown', and it was committed",
     "unknown_was_aborted": "a client was told 'unknown', and it was aborted or undecided",
     "died_and_was_committed": "a client died without an answer, and its transaction was committed",
+    "commit_forgotten": "a COMMITTED row was pruned after every record had been settled",
+    "abort_forgotten": "an ABORTED row was forgotten, by its own transaction or since its writer was gone",
     "one_store_down": "one store was down while another served",
 } | {f"reached {name}": f"the engine passed the failpoint {name}" for name in ENGINE_FAILPOINTS}
 

@@ -70,6 +70,7 @@ class Weather:
     pauses: int
     clock_jumps: int
     outages: int
+    prunings: int
 
 
 def weather_of(seed: int) -> Weather:
@@ -105,4 +106,5 @@ def weather_of(seed: int) -> Weather:
         pauses=0 if fair else draw.choice((0, 0, 1, 2)),
         clock_jumps=0 if fair else draw.choice((0, 0, 1, 3)),
         outages=0 if fair else draw.choice((0, 0, 1)),
+        prunings=draw.choice((0, 0, 2)),
     )

@@ -85,6 +85,7 @@ class Witness:
         self._rolled_back: set[str] = set()
         self._refused_batches: set[str] = set()
         self._aborted_by: dict[str, Process] = {}
+        self._forgotten: set[str] = set()
         self._unanswered: set[str] = set()
 
     def next_instant(self) -> int:
@@ -136,8 +137,8 @@ class Witness:
     def _state_written(self, process: Process, mutation: Mutation, applied: bool, fault: CallFault | None) -> None:
         tx_id = cast(str, mutation.key.partition[0])
         if isinstance(mutation, Delete):
-            if applied and self.decided.get(tx_id) is TransactionState.COMMITTED:
-                self.violations.append(f"it was forgotten that {tx_id} is committed")
+            if applied:
+                self._forgotten_now(tx_id)
             return
         state = TransactionState(cast(int, mutation.columns["tx_state"]))
         if applied:
@@ -145,9 +146,18 @@ class Witness:
         else:
             self._decided_before(process, tx_id, state, fault)
 
+    def _forgotten_now(self, tx_id: str) -> None:
+        self._forgotten.add(tx_id)
+        is_commit = self.decided.get(tx_id) is TransactionState.COMMITTED
+        self.probes.hit("commit_forgotten" if is_commit else "abort_forgotten")
+        if is_commit and self._is_unsettled(tx_id):
+            self.violations.append(f"it was forgotten that {tx_id} is committed, and records of it are PREPARED")
+
     def _decided_now(self, process: Process, tx_id: str, state: TransactionState, fault: CallFault | None) -> None:
         hit = self.probes.hit
         before = self.decided.get(tx_id)
+        if tx_id in self._forgotten and state is TransactionState.ABORTED:
+            return  # A recoverer's put that was late. All records are settled: there is nobody left whom it could harm.
         if before is not None and before is not state:
             self.violations.append(f"{tx_id} was {before.name} and became {state.name}")
         self.decided[tx_id] = state

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from infra.consensus_commit import coordinator, intents, participant, recovery
+from infra.consensus_commit.coordinator import CoordinatorStates
 from infra.consensus_commit.errors import (
     TransactionConflictError,
     UncommittedRecordError,
@@ -18,7 +19,7 @@ from infra.consensus_commit.errors import (
     UnsatisfiedConditionError,
     ValidationConflictError,
 )
-from infra.consensus_commit.intents import IntentLog
+from infra.consensus_commit.intents import Intent, IntentLog
 from infra.consensus_commit.manager import TransactionManager
 from infra.consensus_commit.metadata import is_committed, transactional
 from infra.consensus_commit.recovery import RecoveryHandler
@@ -98,6 +99,7 @@ class World:
         self.violations: list[str] = []
         self._processes: list[Process] = []
         self._running: dict[int, Process] = {}
+        self._managers: dict[int, TransactionManager] = {}
         self._left = [weather.transactions // weather.processes] * weather.processes
         self._clients = 0
         self._waiting_to_restart = 0
@@ -253,7 +255,7 @@ class World:
         process = self._new_process(slot)
         process.clock.wrong_ms = self.random.choice((0, 0, -3_000, 4_000))
         self._running[slot] = process
-        manager = self._manager(process)
+        manager = self._managers[slot] = self._manager(process)
         begin = self._interface(process, manager)
         for _ in range(self.weather.clients):
             self._clients += 1
@@ -299,8 +301,27 @@ class World:
             jump_ms = draw.choice((-CLOCK_JUMP_MS, CLOCK_JUMP_MS, -weather.lifetime_ms, weather.lifetime_ms))
             slot = draw.randrange(weather.processes)
             self.loop.deliver(draw.random() * horizon_s, None, self._jump, slot, jump_ms)
+        for _ in range(weather.prunings):
+            at_s = draw.random() * horizon_s + draw.choice((0, weather.lifetime_ms / 1000))
+            self.loop.deliver(at_s, None, self._prune, draw.randrange(weather.processes))
         for _ in range(weather.outages):
             self.loop.deliver(draw.random() * horizon_s, None, self._go_down, draw.choice(list(self._stores)))
+
+    def _prune(self, slot: int) -> None:
+        process, manager = self._running[slot], self._managers[slot]
+        if not process.dead and manager._journal is not None:
+            self.loop.start(process, self._prune_states(manager.states, manager._journal.log))
+
+    async def _prune_states(self, states: CoordinatorStates, log: IntentLog) -> None:
+        try:
+            await states.prune(log, older_than_ms=self.weather.lifetime_ms, writer_is_gone=self._is_gone)
+        except StorageError:
+            return  # Another time.
+
+    def _is_gone(self, intent: Intent) -> bool:
+        """Whether nothing can arrive any more of the process that wrote an intent."""
+        writer = self._owner_of(intent.home_incarnation)
+        return writer.dead and not self.network.under_way_of[writer.number]
 
     def _pause(self, slot: int) -> None:
         process = self._running[slot]
