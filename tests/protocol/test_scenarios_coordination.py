@@ -179,7 +179,7 @@ async def test_scenario_60_participants_prepare_and_commit_side_by_side(places: 
     together = asyncio.Barrier(2)
 
     async def wait() -> None:
-        await asyncio.wait_for(together.wait(), 10)
+        await asyncio.wait_for(together.wait(), 60)
 
     places.bank_storage.visit_before(writes_to(STORED_ACCOUNT), wait, times=2)
     places.shop_storage.visit_before(writes_to(STORED_STOCK), wait, times=2)
