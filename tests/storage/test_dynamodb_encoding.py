@@ -87,7 +87,7 @@ def _in_order(table: TableSchema, keys: list[tuple[Value, ...]]) -> list[tuple[V
     return sorted(keys, key=functools.cmp_to_key(compared))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(tables_with_keys())
 def test_the_bytes_of_clustering_keys_are_in_the_order_of_the_rows(drawn: tuple[TableSchema, list[tuple[Value, ...]]]):
     table, keys = drawn
@@ -97,7 +97,7 @@ def test_the_bytes_of_clustering_keys_are_in_the_order_of_the_rows(drawn: tuple[
     assert by_bytes == _in_order(table, keys)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(tables_with_keys())
 def test_a_clustering_key_comes_back_from_its_bytes(drawn: tuple[TableSchema, list[tuple[Value, ...]]]):
     table, keys = drawn
@@ -108,7 +108,7 @@ def test_a_clustering_key_comes_back_from_its_bytes(drawn: tuple[TableSchema, li
         assert [type(value) for value in found] == [type(value) for value in key]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(tables_with_keys(), st.data())
 def test_exactly_the_keys_with_a_prefix_lie_between_its_bytes_and_those_that_follow(
     drawn: tuple[TableSchema, list[tuple[Value, ...]]], data: st.DataObject
@@ -125,7 +125,7 @@ def test_exactly_the_keys_with_a_prefix_lie_between_its_bytes_and_those_that_fol
         assert is_between == (key[:length] == prefix)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(tables_with_keys(), st.data())
 def test_a_scan_asks_for_every_row_within_its_bounds_and_knows_them_from_the_others(
     drawn: tuple[TableSchema, list[tuple[Value, ...]]], data: st.DataObject
@@ -170,7 +170,7 @@ def _is_asked_for(request: dict[str, Any], key: bytes) -> bool:
             raise AssertionError(asked)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.sampled_from(list(KEY_VALUES)), min_size=1, max_size=3), st.booleans(), st.data())
 def test_a_partition_key_comes_back_from_its_bytes(types: list[DataType], ends_in_blob: bool, data: st.DataObject):
     types = [*types, T.BLOB] if ends_in_blob else types
@@ -184,7 +184,7 @@ def test_a_partition_key_comes_back_from_its_bytes(types: list[DataType], ends_i
     assert [type(value) for value in found] == [type(value) for value in values]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.sampled_from(list(VALUES)).flatmap(lambda data_type: st.tuples(st.just(data_type), VALUES[data_type])))
 def test_a_value_comes_back_from_its_attribute(drawn: tuple[DataType, Value]):
     data_type, value = drawn
@@ -195,7 +195,7 @@ def test_a_value_comes_back_from_its_attribute(drawn: tuple[DataType, Value]):
     assert type(found) is type(value)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(milliseconds, milliseconds)
 def test_timestamps_are_numbers_in_their_order(one: datetime.datetime, other: datetime.datetime):
     numbers = [int(encoded(moment, T.TIMESTAMP)["N"]) for moment in (one, other)]

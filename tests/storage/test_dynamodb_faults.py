@@ -78,7 +78,7 @@ async def storage(direct: DynamoDbStorage, proxy: TcpProxy) -> AsyncIterator[Dyn
         endpoint=f"http://{proxy.host}:{proxy.port}",
         credentials=CREDENTIALS,
         prefix=PREFIX,
-        timeout_ms=5_000,
+        timeout_ms=60_000,
     )
     await direct.truncate_table(COUNTERS)
     await storage.mutate([Put(COUNTERS, Key((name,)), {"value": 0}) for name in "ab"])
@@ -94,8 +94,8 @@ async def hasty(storage: DynamoDbStorage, proxy: TcpProxy) -> AsyncIterator[Dyna
         endpoint=f"http://{proxy.host}:{proxy.port}",
         credentials=CREDENTIALS,
         prefix=PREFIX,
-        timeout_ms=1_000,
-        tries=2,
+        timeout_ms=1_500,
+        tries=3,
     )
     await hasty.get(COUNTERS, Key(("a",)))
     yield hasty
