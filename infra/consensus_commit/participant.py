@@ -69,7 +69,7 @@ from infra.storage.operations import (
     Value,
     WriteCondition,
 )
-from infra.storage.port import Storage
+from infra.storage.port import Storage, peek
 
 logger = logging.getLogger(__name__)
 
@@ -470,7 +470,11 @@ class ParticipantTransaction:
         cached = None if self._cache is None else self._cache.get(record_id)
         if cached is not None:
             return self._snapshot.remember_get(layout, key, cached)
-        row = await self._storage.get(layout.stored, key)
+        if self.isolation is Isolation.SERIALIZABLE:
+            # Whatever is read so is compared again by preparing it or by validation, and those are linearizable.
+            row = await peek(self._storage, layout.stored, key)
+        else:
+            row = await self._storage.get(layout.stored, key)
         record = await self._resolved(layout, key, row)
         self._snapshot.remember_get(layout, key, record, latest=self._reads_afresh)
         if self._cache is not None and record is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from infra.storage.errors import InvalidOperationError
 from infra.storage.operations import CrossPartition, Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
-from infra.storage.port import Storage, atomic_unit
+from infra.storage.port import Storage, atomic_unit, peek
 
 
 @dataclass(slots=True)
@@ -54,6 +54,9 @@ class PartitionGate:
 
     async def get(self, table: TableSchema, key: Key) -> Row | None:
         return await self._storage.get(table, key)
+
+    async def peek(self, table: TableSchema, key: Key) -> Row | None:
+        return await peek(self._storage, table, key)
 
     async def scan(self, scan: Scan) -> list[Row]:
         return await self._storage.scan(scan)

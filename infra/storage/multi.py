@@ -29,7 +29,7 @@ from infra.storage.operations import (
     TableSchema,
     Value,
 )
-from infra.storage.port import AdministrableStorage, Storage
+from infra.storage.port import AdministrableStorage, Storage, peek
 from infra.storage.validation import check_identifier
 
 
@@ -92,6 +92,9 @@ class MultiStorage:
 
     async def get(self, table: TableSchema, key: Key) -> Row | None:
         return await self._storage(table.namespace).get(table, key)
+
+    async def peek(self, table: TableSchema, key: Key) -> Row | None:
+        return await peek(self._storage(table.namespace), table, key)
 
     async def scan(self, scan: Scan) -> list[Row]:
         return await self._storage(scan.table.namespace).scan(scan)

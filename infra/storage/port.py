@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Hashable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from infra.storage.operations import (
     Atomicity,
@@ -59,6 +59,24 @@ class Storage(Protocol):
 
     async def close(self) -> None:
         """Release files and threads; pending writes are finished first."""
+
+
+@runtime_checkable
+class PeekingStorage(Protocol):
+    """A storage that can read more cheaply where the reader finds out later whether it read right."""
+
+    async def peek(self, table: TableSchema, key: Key) -> Row | None:
+        """The row under `key`, as every answered write left it; one that is not answered yet may show or not.
+
+        Two such reads need not agree on unanswered writes, which reads by `get` do.
+        """
+
+
+async def peek(storage: Storage, table: TableSchema, key: Key) -> Row | None:
+    """`storage.peek` where there is one, else `storage.get`. For reads that are checked before they count."""
+    if isinstance(storage, PeekingStorage):
+        return await storage.peek(table, key)
+    return await storage.get(table, key)
 
 
 class AdministrableStorage(Storage, Protocol):

@@ -9,11 +9,13 @@ from dataclasses import replace
 import pytest
 from storage_contract import COUNTERS, THINGS, StorageContract, key
 
+from infra.consensus_commit.manager import TransactionManager
+from infra.consensus_commit.states import Isolation
 from infra.storage.errors import InvalidOperationError, NoMutationError
 from infra.storage.gate import PartitionGate
 from infra.storage.memory import MemoryStorage
-from infra.storage.operations import Atomicity, IfExists, Key, Mutation, Put, StorageInfo
-from infra.storage.port import atomic_unit
+from infra.storage.operations import Atomicity, IfExists, Key, Mutation, Put, Row, StorageInfo, TableSchema
+from infra.storage.port import atomic_unit, peek
 
 
 class ContendingStorage(MemoryStorage):
@@ -156,3 +158,52 @@ async def test_a_storage_that_serializes_by_itself_is_not_held_up():
 
 async def test_a_gate_promises_what_it_adds(contending: ContendingStorage):
     assert PartitionGate(contending).info == replace(contending.info, serializes_batches=True)
+
+
+class PeekableStorage(MemoryStorage):
+    """A storage with a cheaper way to read; it notes which way was taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ways: list[str] = []
+
+    async def get(self, table: TableSchema, key: Key) -> Row | None:
+        self.ways.append("get")
+        return await super().get(table, key)
+
+    async def peek(self, table: TableSchema, key: Key) -> Row | None:
+        self.ways.append("peek")
+        return await super().get(table, key)
+
+
+async def test_the_gate_passes_a_peek_on_and_makes_it_a_get_where_there_is_none():
+    storage = PeekableStorage()
+    await storage.create_table(COUNTERS)
+
+    assert await peek(PartitionGate(storage), COUNTERS, Key(("a",))) is None
+    plain = MemoryStorage()
+    await plain.create_table(COUNTERS)
+    await plain.mutate([Put(COUNTERS, Key(("a",)), {"value": 1})])
+
+    assert storage.ways == ["peek"]
+    assert await peek(PartitionGate(plain), COUNTERS, Key(("a",))) == {"id": "a", "value": 1}
+
+
+@pytest.mark.parametrize(
+    ("isolation", "ways"),
+    [
+        (Isolation.SERIALIZABLE, ["peek", "get"]),  # then validation
+        (Isolation.SNAPSHOT, ["get"]),
+        (Isolation.READ_COMMITTED, ["get"]),
+    ],
+)
+async def test_only_a_transaction_that_validates_what_it_read_peeks(isolation: Isolation, ways: list[str]):
+    storage = PeekableStorage()
+    manager = TransactionManager(storage)
+    await manager.create_table(COUNTERS)
+
+    transaction = manager.begin(isolation)
+    await transaction.get(COUNTERS, Key(("a",)))
+    await transaction.commit()
+
+    assert storage.ways == ways
