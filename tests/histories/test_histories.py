@@ -46,7 +46,8 @@ async def test_a_history_shows_nothing_that_its_level_forbids(storage: Storage, 
     ]
 
     assert_good(*reports)
-    assert sum(report.counts["overruled while it was at work"] for report in reports) > 0
+    if isolation is not READ_COMMITTED:  # which reads around a record in doubt
+        assert sum(report.counts["overruled while it was at work"] for report in reports) > 0
 
 
 @pytest.mark.parametrize("opening", SERVERS, indirect=True)

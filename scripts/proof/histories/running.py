@@ -67,7 +67,7 @@ _AT_LEAST = 50
 _READ_BACK = 8
 _SWEEP_EVERY = 60
 _BACKOFF = 40
-_SURE_DECISIONS = 3
+_SURE_DECISIONS = 4
 _CACHED = 30
 
 
@@ -76,7 +76,8 @@ class Plan:
     """What is tried. `lifetime_ms` is counted in storage calls of all processes (`weather.CallClock`).
 
     The seed chooses the transactions and what befalls their calls; how a server interleaves them is its own. Every
-    fault strikes at least once, and some processes die just after a commit. At least 50 transactions.
+    fault strikes at least once, some processes die just after a commit, and others are slow to commit. A run has at
+    least 50 transactions.
     """
 
     workload: Workload
@@ -199,7 +200,7 @@ class Run:
             random.Random(randomness.random()),
             late_by_ms=plan.lifetime_ms * 2,
             sure=dict(zip(randomness.sample(range(1, plan.transactions), len(Fault)), Fault, strict=True)),
-            sure_decisions=frozenset(randomness.sample(range(1, plan.transactions // 10), _SURE_DECISIONS)),
+            sure_decisions=frozenset(randomness.sample(range(1, plan.transactions // 8), _SURE_DECISIONS)),
         )
         self.script = Script(plan.workload, self.name, random.Random(randomness.random()))
         self._instants = itertools.count()
@@ -240,7 +241,7 @@ class Run:
     # -- the run
 
     async def _opened(self) -> None:
-        rates, self.weather.rates = self.weather.rates, FaultRates(0, 0, 0, 0, 0, 0, 0)
+        rates, self.weather.rates = self.weather.rates, CALM
         opening = _Process(self, 0)
         await self._try(opening, self.script.opening())
         await opening.manager.close()  # READ_COMMITTED would not see records that are not settled.

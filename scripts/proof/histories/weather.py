@@ -5,6 +5,7 @@ Each process has a storage of its own over the shared one. A call may meet one o
     UNAVAILABLE      not applied, and the caller is told so
     LOST             not applied, and the caller is told nothing
     UNANSWERED       applied or rejected, and the caller is told nothing
+    SLOW             applied and answered, after a while in which others go on
     LATE             the caller is told nothing, and the write arrives some time later, or too late
     CRASH_BEFORE     the process dies before the call
     CRASH_AFTER      the process dies after the call was applied, before its answer
@@ -43,6 +44,7 @@ class Fault(StrEnum):
     UNAVAILABLE = "unavailable"
     LOST = "lost"
     UNANSWERED = "unanswered"
+    SLOW = "slow"
     LATE = "late"
     CRASH_BEFORE = "crash before"
     CRASH_AFTER = "crash after"
@@ -56,6 +58,7 @@ class FaultRates:
     unavailable: int = 4
     lost: int = 6
     unanswered: int = 8
+    slow: int = 6
     late: int = 6
     crash_before: int = 1
     crash_after: int = 2
@@ -66,6 +69,7 @@ class FaultRates:
             Fault.UNAVAILABLE: self.unavailable,
             Fault.LOST: self.lost,
             Fault.UNANSWERED: self.unanswered,
+            Fault.SLOW: self.slow,
             Fault.LATE: self.late,
             Fault.CRASH_BEFORE: self.crash_before,
             Fault.CRASH_AFTER: self.crash_after,
@@ -76,7 +80,7 @@ class FaultRates:
         return {Fault.UNAVAILABLE: self.unavailable // 2, Fault.CRASH_BEFORE: self.crash_before}
 
 
-CALM = FaultRates(0, 0, 0, 0, 0, 0, 0)
+CALM = FaultRates(0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class CallClock:
@@ -112,7 +116,7 @@ class Weather:
     sure: dict[int, Fault] = field(default_factory=dict)
     """Faults that strike in any case: the number of the write (from 1) -> what befalls it."""
     sure_decisions: frozenset[int] = frozenset()
-    """Which of the writes that commit a transaction (from 1) are the last that their process does."""
+    """Which of the writes that commit a transaction (from 1) are slow, or the last that their process does: in turn."""
     fired: Counter[Fault] = field(default_factory=Counter)
     versions: dict[tuple[str, str, Key], int] = field(default_factory=dict)
     """(transaction, table, key) -> the `tx_version` that its write carried."""
@@ -134,7 +138,7 @@ class Weather:
         if _decides(mutations):
             self._decisions += 1
             if self._decisions in self.sure_decisions:
-                fault = Fault.CRASH_AFTER
+                fault = Fault.SLOW if self.fired[Fault.SLOW] <= self.fired[Fault.CRASH_AFTER] else Fault.CRASH_AFTER
         if fault is None:
             return self._strike(self.rates.of_write())
         self.fired[fault] += 1
@@ -182,6 +186,13 @@ class Weather:
         self.rates = CALM
         await self._nothing_under_way.wait()
         await self.deliver(everything=True)
+
+    async def dawdle(self) -> None:
+        """Let others go on for longer than a transaction may live."""
+        for _ in range(self.late_by_ms):
+            self.clock.advance(1)
+            await asyncio.sleep(0)
+            await self.give_way()
 
     async def give_way(self) -> None:
         """Let other tasks go first, a random number of times."""
@@ -266,6 +277,9 @@ class ProcessStorage:
                 self._check_alive()
                 raise UnknownOutcomeError("answered, but not heard")
             case _:
+                if fault is Fault.SLOW:
+                    await self._weather.dawdle()
+                    self._check_alive()
                 try:
                     await self._weather.apply(mutations)
                 finally:
