@@ -180,6 +180,7 @@ async def main() -> None:
                 manager = TransactionManager(
                     PartitionGate(storage),
                     LateClock(command["clock_behind_ms"]),
+                    one_phase_commit=False,  # so that each has a state row, which tells what became of it
                     coordinator_namespace=command["coordinator"],
                     transaction_lifetime_ms=command["lifetime_ms"],
                     on_recovered=recovered,
