@@ -138,7 +138,11 @@ class Sweeper:
         state = await self._states.abort_state(intent.tx_id)
         found = 0
         for partition in intent.partitions:
-            found += await self._settle_partition(partition, state)
+            settled = await self._settle_partition(partition, state)
+            if settled is None:  # Perhaps of a storage that only others reach: the intent must stay for them.
+                logger.warning("transaction %s wrote to %s.%s, which is not here", intent.tx_id, *partition[:2])
+                return found
+            found += settled
         if state.state is TransactionState.COMMITTED:
             await log.remove(intent.coordinator, [intent.tx_id])
         elif self._is_gone(intent):
@@ -148,11 +152,12 @@ class Sweeper:
             await log.mark_aborted([intent])
         return found
 
-    async def _settle_partition(self, partition: Partition, state: StateRow) -> int:
+    async def _settle_partition(self, partition: Partition, state: StateRow) -> int | None:
+        """How many records were settled; None if there is no such table here."""
         namespace, name, values = partition
         table = await self._table(f"{namespace}.{name}")
-        if table is None:  # Dropped since: nothing is left to settle.
-            return 0
+        if table is None:
+            return None
         return await self._recovery.settle_partition(table, values, state.tx_id, state)
 
     # -- foreign
@@ -183,7 +188,8 @@ class Sweeper:
 
         True also where there is no state row: it was finished, or never began. The records are found by the intent,
         by the write set that a Java program logged, or by scanning `tables`; False, and nothing is touched, if there
-        is none of these. Only for transactions whose writer is no longer at work (rule 8). Storage errors pass through.
+        is none of these. Tables that are not there were dropped. Only for transactions whose writer is no longer at
+        work (rule 8). Storage errors pass through.
         """
         state = await self._states.get_state(tx_id)
         if state is None:

@@ -92,7 +92,8 @@ class _Global:
 class TwoPhaseCoordinator:
     """Begins transactions, knows who takes part, and commits or rolls them back.
 
-    With a `journal`, intents are written before anything is prepared; see `journal.py`.
+    With a `journal`, intents are written before anything is prepared; see `journal.py`. Whoever sweeps them must reach
+    the storages of all participants (`MultiStorage`).
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class TwoPhaseCoordinator:
             await in_parallel([part.pre_read() for part in parts.values()])
             for name, part in list(parts.items()):
                 if not part.has_writes and not part.needs_validation:
+                    await part.validate_records()  # Reads nothing, but refuses what was not ended: open scanners.
                     active.participants[name].release(tx_id)
                     del parts[name]
             await commit(

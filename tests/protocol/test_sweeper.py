@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from faults import Crashed, Kind, writes_to
@@ -192,6 +193,24 @@ async def test_an_aborted_intent_goes_with_its_state_row_once_its_writer_is_know
     assert [intent.tx_id for intent in gone] == [tx_id]
     assert await world.state(tx_id) is None
     assert (await knowing.sweep()).transactions == 0
+
+
+async def test_an_intent_stays_as_long_as_one_of_its_tables_cannot_be_reached(world: World) -> None:
+    await given_money(world)
+    tx_id = await dies(world, at=STATES)
+    successor = await named(world)
+    assert successor._journal is not None
+    log = successor._journal.log
+    (intent,) = await log.all()
+    await log.record([replace(intent, partitions=(("elsewhere", "stock", (1,)), *intent.partitions))])
+
+    await successor.sweeper.sweep()
+
+    assert [left.tx_id for left in await log.all()] == [tx_id]
+    await log.record([intent])
+    await successor.sweeper.sweep()
+    assert await log.all() == []
+    assert await world.in_doubt() == 0
 
 
 async def test_a_commit_leaves_no_intent_and_an_abort_neither_intent_nor_state_row(world: World) -> None:
