@@ -246,6 +246,15 @@ def _obey_ones_own_abort() -> list[Replacement]:
     return [(CoordinatorStates, "abort_state", abort_state)]
 
 
+def _prune_while_the_writer_lives() -> list[Replacement]:
+    whole = CoordinatorStates.prune
+
+    async def prune(self: CoordinatorStates, intents: Any, **kwargs: Any) -> Any:
+        return await whole(self, intents, **{**kwargs, "writer_is_gone": lambda intent: True})
+
+    return [(CoordinatorStates, "prune", prune)]
+
+
 # -- recovery
 
 
@@ -384,6 +393,9 @@ MUTATIONS: dict[str, Mutation] = {
     "commit_though_aborted": Mutation("a lost commit-state is not noticed", _commit_though_aborted),
     "commit_records_before_the_state": Mutation(
         "records are committed before it is decided", _commit_records_before_the_state
+    ),
+    "prune_while_the_writer_lives": Mutation(
+        "an ABORTED row goes, though its writer may only be paused", _prune_while_the_writer_lives
     ),
     "obey_ones_own_abort": Mutation("whoever puts ABORTED thinks that it won", _obey_ones_own_abort),
     "roll_back_without_asking": Mutation("what has expired is rolled back unasked", _roll_back_without_asking),

@@ -106,5 +106,5 @@ def weather_of(seed: int) -> Weather:
         pauses=0 if fair else draw.choice((0, 0, 1, 2)),
         clock_jumps=0 if fair else draw.choice((0, 0, 1, 3)),
         outages=0 if fair else draw.choice((0, 0, 1)),
-        prunings=draw.choice((0, 0, 2)),
+        prunings=draw.choice((0, 1, 3)),
     )

@@ -237,6 +237,7 @@ class Witness:
         before = chain[-1] if chain else ""
         if self.decided.get(before) is TransactionState.COMMITTED and record not in self._settled.get(before, _NOTHING):
             hit("prepared_over_an_unsettled_commit")
+        self._write_over(record)
         chain.append(tx_id)
         self.prepared.setdefault(tx_id, set()).add(record)
         self.pinned_at[tx_id] = self.instant
@@ -245,10 +246,16 @@ class Witness:
             if tx_id in self._rolled_back:
                 hit("late_prepare_after_roll_back")
 
+    def _write_over(self, record: RecordId) -> None:
+        """Whoever prepared a record last has nothing more to settle there."""
+        for tx_id in self.chains.get(record, ())[-1:]:
+            self._settled.setdefault(tx_id, set()).add(record)
+
     def _commit_at_once(self, record: RecordId, tx_id: str, applied: bool, fault: CallFault | None) -> None:
         if not applied:
             self.probes.hit("refused_one_phase")
             return
+        self._write_over(record)
         self.chains.setdefault(record, []).append(tx_id)
         self.at_once.setdefault(tx_id, set()).add(record)
         self.pinned_at[tx_id] = self.instant
