@@ -53,7 +53,7 @@ from infra.storage.operations import (
     TableSchema,
     Value,
 )
-from infra.storage.port import Storage
+from infra.storage.port import Storage, peek
 from infra.storage.sqlite import SqliteStorage
 
 LOCAL = ("memory", "sqlite")
@@ -186,6 +186,9 @@ class RememberingStorage:
 
     async def get(self, table: TableSchema, key: Key) -> Row | None:
         return await self.storage.get(table, key)
+
+    async def peek(self, table: TableSchema, key: Key) -> Row | None:
+        return await peek(self.storage, table, key)
 
     async def scan(self, scan: Scan) -> list[Row]:
         return await self.storage.scan(scan)

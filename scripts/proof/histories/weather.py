@@ -33,7 +33,7 @@ from infra.consensus_commit.metadata import TX_ID, TX_STATE, TX_VERSION
 from infra.consensus_commit.states import TransactionState
 from infra.storage.errors import NoMutationError, StorageError, UnavailableStorageError, UnknownOutcomeError
 from infra.storage.operations import CrossPartition, Key, Mutation, Put, Row, Scan, StorageInfo, TableSchema, Value
-from infra.storage.port import Storage
+from infra.storage.port import Storage, peek
 
 
 class CrashedError(BaseException):
@@ -235,6 +235,12 @@ class ProcessStorage:
     async def get(self, table: TableSchema, key: Key) -> Row | None:
         await self._enter_read()
         row = await self._storage.get(table, key)
+        await self._leave()
+        return row
+
+    async def peek(self, table: TableSchema, key: Key) -> Row | None:
+        await self._enter_read()
+        row = await peek(self._storage, table, key)
         await self._leave()
         return row
 
