@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Hashable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from typing import Protocol
 
 from infra.storage.operations import (
     Atomicity,
@@ -61,7 +61,6 @@ class Storage(Protocol):
         """Release files and threads; pending writes are finished first."""
 
 
-@runtime_checkable
 class PeekingStorage(Protocol):
     """A storage that can read more cheaply where the reader finds out later whether it read right."""
 
@@ -74,9 +73,8 @@ class PeekingStorage(Protocol):
 
 async def peek(storage: Storage, table: TableSchema, key: Key) -> Row | None:
     """`storage.peek` where there is one, else `storage.get`. For reads that are checked before they count."""
-    if isinstance(storage, PeekingStorage):
-        return await storage.peek(table, key)
-    return await storage.get(table, key)
+    look: Callable[[TableSchema, Key], Awaitable[Row | None]] = getattr(storage, "peek", storage.get)
+    return await look(table, key)
 
 
 class AdministrableStorage(Storage, Protocol):

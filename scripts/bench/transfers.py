@@ -1,7 +1,7 @@
 """Transfers and four-table orders on one Cassandra: this engine beside ScalarDB, in the same run.
 
     python -m scripts.bench.transfers [--seconds N] [--at-once 1,8,32,64] [--work transfer,hot,order] [--storage URL]
-                                      [--rounds N] [--profile FILE]
+                                      [--rounds N] [--cache N] [--profile FILE]
 
 Method. Both sides run the same work at SERIALIZABLE on tables of their own with the same rows, each with N at once: the
 Java side threads on ScalarDB 3.19 with its defaults, this side asyncio tasks on a TransactionManager behind the
@@ -16,8 +16,9 @@ Printed as one JSON object a line: for each work and N committed transactions a 
 statements for each committed transaction by phase of the protocol, CPU seconds of this process, of the Java program and
 of Cassandra while each side ran, and `ratio`, ours to theirs. `--one-phase` and `--sync` take ours with one-phase
 commit (which ScalarDB's defaults have off, and which no work here is fit for) and with commits that are answered only
-when their records are settled, as ScalarDB's are. Nothing is asserted. Without `--storage cassandra://HOST:PORT` it
-starts a Cassandra of its own; the Java side needs a `javac`, and is left out where there is none.
+when their records are settled, as ScalarDB's are; `--cache N` lets ours keep N records between transactions. Nothing is
+asserted. Without `--storage cassandra://HOST:PORT` it starts a Cassandra of its own; the Java side needs a `javac`, and
+is left out where there is none.
 """
 
 from __future__ import annotations
@@ -111,12 +112,13 @@ class Tally:
 class Ours:
     """This engine's side: tasks of this process."""
 
-    def __init__(self, storage: CassandraStorage, *, one_phase: bool, async_commit: bool) -> None:
+    def __init__(self, storage: CassandraStorage, *, one_phase: bool, async_commit: bool, cache: int) -> None:
         self.watched = WatchedStorage(storage)
         self.manager = TransactionManager(
             PartitionGate(self.watched),
             one_phase_commit=one_phase,
             async_commit=async_commit,
+            cache_records=cache,
             coordinator_namespace="bench_coordinator",
         )
         self._tables = tables(OURS)
@@ -247,7 +249,7 @@ async def measure(options: argparse.Namespace, stack: AsyncExitStack) -> None:
     stack.push_async_callback(storage.close)
     await load(storage, options.work)
 
-    ours = Ours(storage, one_phase=options.one_phase, async_commit=not options.sync)
+    ours = Ours(storage, one_phase=options.one_phase, async_commit=not options.sync, cache=options.cache)
     sides: dict[str, Ours | Theirs] = {OURS: ours}
     if java_compiler() is None:
         print(json.dumps({"left_out": THEIRS, "why": NO_COMPILER}), flush=True)
@@ -305,6 +307,7 @@ def main() -> None:
     parser.add_argument("--storage", help="cassandra://HOST:PORT of one that runs (default: one is started)")
     parser.add_argument("--one-phase", action="store_true", help="ours with one-phase commit where it applies")
     parser.add_argument("--sync", action="store_true", help="ours answering only when records are settled")
+    parser.add_argument("--cache", type=int, default=0, help="records that ours keeps between transactions")
     parser.add_argument("--profile", type=Path, help="where to write what this process spends its time on")
     asyncio.run(run(parser.parse_args()))
 

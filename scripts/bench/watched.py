@@ -22,7 +22,7 @@ from infra.storage.operations import (
     TableSchema,
     Value,
 )
-from infra.storage.port import Storage, peek, peek
+from infra.storage.port import Storage, peek
 
 _COMMITTED = 3
 _UNCOMMITTED = {1, 2}
@@ -78,10 +78,6 @@ class WatchedStorage:
 
     async def peek(self, table: TableSchema, key: Key) -> Row | None:
         await self._pass("peek")
-        return await peek(self._storage, table, key)
-
-    async def peek(self, table: TableSchema, key: Key) -> Row | None:
-        await self._pass("get")
         return await peek(self._storage, table, key)
 
     async def scan(self, scan: Scan) -> list[Row]:
