@@ -1,38 +1,60 @@
-"""One conditional batch in flight for each atomic unit.
+"""One batch in flight for each atomic unit, and what waits meanwhile goes together.
 
-A storage whose conditional batches contend (Cassandra's Paxos rounds) answers two batches on one partition more
-slowly than one after the other, and may refuse both. The gate lets them through in the order they came. It guards
-this process only; batches of others are what conditions are for.
+A storage whose conditional batches contend (Cassandra's Paxos rounds) answers two batches on one partition more slowly
+than one after the other, and may refuse both; but fifty rows in one batch cost little more than one. So batches queue
+for their unit in the order they came, and when it is free the first one leads: it takes along those behind it that
+touch other records, as one batch.
+
+    applied         all of them are
+    refused         each is tried by itself, in order: the one that is to blame is refused, the others are not
+    unknown         unknown to all, unavailable likewise
+    leader killed   unknown to those it had taken along; the next in the queue leads
+
+The gate guards this process only; batches of others are what conditions are for. It has no tasks of its own: whoever
+leads does the work.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, replace
 
-from infra.storage.errors import InvalidOperationError
+from infra.storage.errors import (
+    InvalidOperationError,
+    NoMutationError,
+    StorageError,
+    UnavailableStorageError,
+    UnknownOutcomeError,
+)
 from infra.storage.operations import CrossPartition, Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
 from infra.storage.port import Storage, atomic_unit, peek
 
+MAX_ROWS_TOGETHER = 50
+"""Rows that go together at most: larger conditional batches cost Cassandra more than they save."""
 
-@dataclass(slots=True)
-class _Turnstile:
-    """The lock of one unit (asyncio's is first come, first served) and how many hold it or wait for it."""
 
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    users: int = 0
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """One `mutate` in a queue. Its turn: True to lead, False when another has taken it along; errors are raised."""
+
+    mutations: Sequence[Mutation]
+    turn: asyncio.Future[bool]
 
 
 class PartitionGate:
-    """Storage that passes everything on to `storage`, but one `mutate` at a time into an atomic unit.
+    """Storage that passes everything on to `storage`, but one batch at a time into an atomic unit.
 
-    In front of a storage that serializes batches by itself it stands open.
+    In front of a storage that serializes batches by itself it stands open. `rows_together` bounds what goes into one
+    batch; 1 lets every `mutate` go alone.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, *, rows_together: int = MAX_ROWS_TOGETHER) -> None:
         self._storage = storage
-        self._turnstiles: dict[Hashable, _Turnstile] = {}
+        self._rows_together = rows_together
+        self._queues: dict[Hashable, deque[_Waiting]] = {}  # of the units that a batch is in flight for
         self._infos: dict[str, tuple[StorageInfo, StorageInfo]] = {}
 
     @property
@@ -75,19 +97,119 @@ class PartitionGate:
         # A batch of two units is the storage's to refuse; until then it queues for the first.
         unit = atomic_unit(info, mutations[0].table, mutations[0].key)
         try:
-            turnstile = self._turnstiles.setdefault(unit, _Turnstile())
+            queue = self._queues.get(unit)
         except TypeError as error:
             raise InvalidOperationError(
                 f"{mutations[0].table.full_name}: a key holds plain values ({error})"
             ) from error
-        turnstile.users += 1
+        if queue is None:
+            self._queues[unit] = deque()
+        elif not await self._wait(unit, queue, mutations):
+            return
         try:
-            async with turnstile.lock:
-                await self._storage.mutate(mutations)
+            await self._lead(mutations, self._take_along(unit, mutations, info))
         finally:
-            turnstile.users -= 1
-            if not turnstile.users:
-                del self._turnstiles[unit]
+            self._pass_on(unit)
+
+    async def _wait(self, unit: Hashable, queue: deque[_Waiting], mutations: Sequence[Mutation]) -> bool:
+        """Queue for the unit; whether it is this batch's turn to lead (else it was applied with another's)."""
+        waiting = _Waiting(mutations, asyncio.get_running_loop().create_future())
+        queue.append(waiting)
+        try:
+            return await waiting.turn
+        except asyncio.CancelledError:
+            if waiting in queue:
+                queue.remove(waiting)
+            elif _is_told_to_lead(waiting.turn):
+                self._pass_on(unit)
+            raise
+
+    def _take_along(self, unit: Hashable, mutations: Sequence[Mutation], info: StorageInfo) -> list[_Waiting]:
+        """Those next in the queue that may share a batch with `mutations`: of its kind, and on other records."""
+        queue = self._queues[unit]
+        most = min(self._rows_together, info.max_mutations or self._rows_together)
+        conditional = _is_conditional(mutations)
+        taken: list[_Waiting] = []
+        records = {(mutation.table.full_name, mutation.key) for mutation in mutations}
+        while queue and conditional is not None and len(records) + len(queue[0].mutations) <= most:
+            following = {(mutation.table.full_name, mutation.key) for mutation in queue[0].mutations}
+            if _is_conditional(queue[0].mutations) is not conditional or records & following:
+                break
+            records |= following
+            taken.append(queue.popleft())
+        return taken
+
+    async def _lead(self, mutations: Sequence[Mutation], others: Sequence[_Waiting]) -> None:
+        if not others:
+            return await self._storage.mutate(mutations)
+        try:
+            await self._storage.mutate([*mutations, *(each for other in others for each in other.mutations)])
+        except (NoMutationError, InvalidOperationError):
+            await self._each_alone(mutations, others)
+        except StorageError as error:
+            for other in others:
+                _answer(other, copy(error))
+            raise
+        except BaseException:
+            for other in others:
+                _answer(other, UnknownOutcomeError("the batch that this one had joined was not waited for"))
+            raise
+        else:
+            for other in others:
+                _answer(other, None)
+
+    async def _each_alone(self, mutations: Sequence[Mutation], others: Sequence[_Waiting]) -> None:
+        refusal: StorageError | None = None
+        left = list(others)
+        try:
+            try:
+                await self._storage.mutate(mutations)
+            except StorageError as error:
+                refusal = error
+            while left:
+                outcome: StorageError | None = None
+                try:
+                    await self._storage.mutate(left[0].mutations)
+                except StorageError as error:
+                    outcome = error
+                _answer(left.pop(0), outcome)
+        except BaseException:
+            if left:  # The first was under way.
+                _answer(left.pop(0), UnknownOutcomeError("the batch was not waited for"))
+            for other in left:
+                _answer(other, UnavailableStorageError("the batch was given up before it was its turn"))
+            raise
+        if refusal is not None:
+            raise refusal
+
+    def _pass_on(self, unit: Hashable) -> None:
+        """Let the next one lead, or leave the unit free."""
+        queue = self._queues[unit]
+        while queue:
+            following = queue.popleft()
+            if not following.turn.done():
+                following.turn.set_result(True)
+                return
+        del self._queues[unit]
 
     async def close(self) -> None:
         await self._storage.close()
+
+
+def _is_conditional(mutations: Sequence[Mutation]) -> bool | None:
+    """Whether every mutation has a condition (True) or none has (False); None for a mixture."""
+    kinds = {mutation.condition is not None for mutation in mutations}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _answer(waiting: _Waiting, error: StorageError | None) -> None:
+    if waiting.turn.done():
+        return  # Cancelled: it knows no more than after an unknown outcome.
+    if error is None:
+        waiting.turn.set_result(False)
+    else:
+        waiting.turn.set_exception(error)
+
+
+def _is_told_to_lead(turn: asyncio.Future[bool]) -> bool:
+    return turn.done() and not turn.cancelled() and turn.exception() is None and turn.result()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,10 +12,29 @@ from storage_contract import COUNTERS, THINGS, StorageContract, key
 
 from infra.consensus_commit.manager import TransactionManager
 from infra.consensus_commit.states import Isolation
-from infra.storage.errors import InvalidOperationError, NoMutationError
-from infra.storage.gate import PartitionGate
+from infra.storage.errors import (
+    InvalidOperationError,
+    NoMutationError,
+    StorageError,
+    UnavailableStorageError,
+    UnknownOutcomeError,
+)
+from infra.storage.gate import MAX_ROWS_TOGETHER, PartitionGate
 from infra.storage.memory import MemoryStorage
-from infra.storage.operations import Atomicity, IfExists, Key, Mutation, Put, Row, StorageInfo, TableSchema
+from infra.storage.operations import (
+    Atomicity,
+    ColumnCondition,
+    If,
+    IfExists,
+    Key,
+    Mutation,
+    Operator,
+    Put,
+    Row,
+    Scan,
+    StorageInfo,
+    TableSchema,
+)
 from infra.storage.port import atomic_unit, peek
 
 
@@ -27,6 +47,9 @@ class ContendingStorage(MemoryStorage):
         self.most_in_one_unit = 0
         self.most_at_all = 0
         self.order: list[Key] = []
+        self.on_batch: Callable[[Sequence[Mutation]], object] = lambda mutations: None
+        self.fail_batches_of: tuple[int, StorageError] | None = None  # so many rows, and what is raised for them
+        self.failing: Callable[[], bool] = lambda: False
 
     @property
     def info(self) -> StorageInfo:
@@ -38,10 +61,17 @@ class ContendingStorage(MemoryStorage):
         self.most_in_one_unit = max(self.most_in_one_unit, self.inside.count(unit))
         self.most_at_all = max(self.most_at_all, len(self.inside))
         self.order += [mutation.key for mutation in mutations]
+        self.on_batch(mutations)
         try:
             await asyncio.sleep(0)
             await asyncio.sleep(0)
+            if self.fail_batches_of is not None and len(mutations) == self.fail_batches_of[0]:
+                raise self.fail_batches_of[1]
+            if self.failing():
+                raise UnavailableStorageError("not applied")
             await super().mutate(mutations)
+            if self.failing():
+                raise UnknownOutcomeError("applied, but not answered")
         finally:
             self.inside.remove(unit)
 
@@ -138,7 +168,7 @@ async def test_nothing_is_kept_of_units_that_nobody_uses(contending: ContendingS
 
     await asyncio.gather(*(gate.mutate(put(n, bucket=n % 50)) for n in range(200)))
 
-    assert not gate._turnstiles
+    assert not gate._queues
 
 
 async def test_a_storage_that_serializes_by_itself_is_not_held_up():
@@ -207,3 +237,150 @@ async def test_only_a_transaction_that_validates_what_it_read_peeks(isolation: I
     await transaction.commit()
 
     assert storage.ways == ways
+
+
+def is_small(value: int) -> If:
+    return If((ColumnCondition("small", Operator.EQ, value),))
+
+
+async def test_batches_that_wait_for_a_unit_go_together(contending: ContendingStorage):
+    gate = PartitionGate(contending)
+    batches: list[int] = []
+    contending.on_batch = lambda mutations: batches.append(len(mutations))
+
+    await asyncio.gather(*(gate.mutate(put(n)) for n in range(MAX_ROWS_TOGETHER + 10)))
+
+    assert batches == [1, MAX_ROWS_TOGETHER, 9]
+
+
+async def test_only_batches_of_one_kind_on_different_records_go_together(contending: ContendingStorage):
+    gate = PartitionGate(contending)
+    await gate.mutate([each for n in range(3) for each in put(n)])
+    batches: list[int] = []
+    contending.on_batch = lambda mutations: batches.append(len(mutations))
+
+    def conditional(number: int, small: int) -> list[Mutation]:
+        return [Put(THINGS, key(number=number), {"small": small + 1}, is_small(small))]
+
+    await asyncio.gather(
+        gate.mutate(conditional(0, 0)),
+        gate.mutate(conditional(1, 1)),
+        gate.mutate(conditional(2, 2)),
+        gate.mutate(conditional(1, 2)),  # the same record again: in the next batch, and after the first
+        gate.mutate(put(3)),  # without a condition: apart
+        gate.mutate(conditional(2, 3)),
+    )
+
+    assert batches == [1, 2, 1, 1, 1]
+    rows = await contending.scan(Scan(THINGS, (0,)))
+    assert [row["small"] for row in rows] == [1, 3, 4, 3]
+
+
+async def test_of_batches_that_went_together_only_the_one_to_blame_is_refused(contending: ContendingStorage):
+    gate = PartitionGate(contending)
+    await gate.mutate([each for n in range(4) for each in put(n)])
+
+    def conditional(number: int, small: int) -> list[Mutation]:
+        return [Put(THINGS, key(number=number), {"small": 100}, is_small(small))]
+
+    answers = await asyncio.gather(
+        gate.mutate(conditional(0, 0)),
+        gate.mutate(conditional(1, 1)),
+        gate.mutate(conditional(2, 99)),
+        gate.mutate(conditional(3, 3)),
+        return_exceptions=True,
+    )
+
+    assert [type(answer) for answer in answers] == [type(None), type(None), NoMutationError, type(None)]
+    rows = await contending.scan(Scan(THINGS, (0,)))
+    assert [row["small"] for row in rows] == [100, 100, 2, 100]
+
+
+@pytest.mark.parametrize("error", [UnknownOutcomeError("not answered"), UnavailableStorageError("down", remedy="wait")])
+async def test_an_error_of_a_batch_is_everybodys_who_was_in_it(contending: ContendingStorage, error: StorageError):
+    gate = PartitionGate(contending)
+    contending.fail_batches_of = (2, error)
+
+    answers = await asyncio.gather(*(gate.mutate(put(n)) for n in range(3)), return_exceptions=True)
+
+    assert answers[0] is None
+    assert [(type(answer), str(answer)) for answer in answers[1:]] == [(type(error), str(error))] * 2
+    assert getattr(answers[2], "remedy", None) == getattr(error, "remedy", None)
+    contending.fail_batches_of = None
+    await gate.mutate(put(4))
+
+
+async def test_when_the_leader_is_cancelled_its_company_knows_nothing_and_the_queue_goes_on(
+    contending: ContendingStorage,
+):
+    gate = PartitionGate(contending, rows_together=2)
+    tasks = [asyncio.create_task(gate.mutate(put(n))) for n in range(4)]
+    while contending.order != [key(number=0), key(number=1), key(number=2)]:  # noqa: ASYNC110 - turns of the loop
+        await asyncio.sleep(0)
+
+    tasks[1].cancel()  # It leads, and 2 is with it.
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert [type(answer) for answer in answers] == [
+        type(None),
+        asyncio.CancelledError,
+        UnknownOutcomeError,
+        type(None),
+    ]
+    assert not gate._queues
+
+
+async def test_whoever_is_cancelled_when_told_to_lead_passes_the_lead_on(contending: ContendingStorage):
+    gate = PartitionGate(contending, rows_together=1)
+    first, second, third = (asyncio.create_task(gate.mutate(put(n))) for n in range(3))
+    await asyncio.sleep(0)
+    queue = next(iter(gate._queues.values()))
+    told = queue[0].turn
+    told.add_done_callback(lambda turn: second.cancel())
+
+    await asyncio.wait_for(asyncio.gather(first, third), timeout=10)
+
+    assert second.cancelled()
+    assert not gate._queues
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_whatever_meets_at_the_gate_everyone_gets_the_answer_that_is_true(seed: int):
+    chance = random.Random(seed)
+    storage = ContendingStorage()
+    await storage.create_table(COUNTERS)
+    await storage.create_table(THINGS)
+    gate = PartitionGate(storage, rows_together=chance.choice([1, 3, 50]))
+    storage.failing = lambda: chance.random() < 0.1
+    keys = [key(number=n) for n in range(6)]
+    for each in keys:
+        await MemoryStorage.mutate(storage, [Put(THINGS, each, {"small": 0})])
+    applied = dict.fromkeys(keys, 0)
+    unknown = dict.fromkeys(keys, 0)
+
+    async def client() -> None:
+        for _ in range(30):
+            touched = chance.sample(keys, chance.randint(1, 3))
+            seen = {each: (await storage.get(THINGS, each) or {})["small"] for each in touched}
+            if chance.random() < 0.3:
+                await asyncio.sleep(0)
+            try:
+                await gate.mutate([Put(THINGS, k, {"small": v + 1}, is_small(v)) for k, v in seen.items()])
+            except (NoMutationError, UnavailableStorageError):
+                pass
+            except UnknownOutcomeError:
+                for each in touched:
+                    unknown[each] += 1
+            else:
+                for each in touched:
+                    applied[each] += 1
+
+    await asyncio.gather(*(client() for _ in range(8)))
+
+    assert storage.most_in_one_unit == 1
+    assert sum(applied.values()) > 50
+    for each in keys:
+        row = await storage.get(THINGS, each)
+        assert row is not None
+        assert applied[each] <= row["small"] <= applied[each] + unknown[each]
+    assert not gate._queues
