@@ -1,7 +1,7 @@
 """Transfers and four-table orders on one Cassandra: this engine beside ScalarDB, in the same run.
 
     python -m scripts.bench.transfers [--seconds N] [--at-once 1,8,32,64] [--work transfer,hot,order] [--storage URL]
-                                      [--rounds N] [--cache N] [--profile FILE]
+                                      [--rounds N] [--buckets N] [--cache N] [--profile FILE]
 
 Method. Both sides run the same work at SERIALIZABLE on tables of their own with the same rows, each with N at once: the
 Java side threads on ScalarDB 3.19 with its defaults, this side asyncio tasks on a TransactionManager behind the
@@ -11,6 +11,9 @@ both; a first round of each, not counted, warms both up. A transaction that meet
 
     transfer   between two of 10,000 accounts          hot   between two of 10
     order      10,000 products and customers: reads and updates a stock and a wallet, inserts a shipment and an order
+
+Each side has its tables laid out as suits it: ScalarDB's have a partition for each row; ours have 16 for all, where
+batches that wait for a partition go together. `--buckets 0` lays ours out as theirs.
 
 Printed as one JSON object a line: for each work and N committed transactions a second, p50 and p99 in ms, conflicts,
 statements for each committed transaction by phase of the protocol, CPU seconds of this process, of the Java program and
@@ -62,10 +65,11 @@ from tests.java_peer.processes import (
 OURS, THEIRS = "concord", "scalardb"
 KEYS: Mapping[str, int] = {"transfer": 10_000, "hot": 10, "order": 10_000}
 LOADED_AT_ONCE = 64
-WARMING_UP_S = 2.0
+WARMING_UP_S = 8.0  # A Java server that has just been started goes on becoming faster for a while.
 
 
-def tables(namespace: str) -> dict[str, TableSchema]:
+def tables(namespace: str, buckets: int = 0) -> dict[str, TableSchema]:
+    """Of one row a partition, or with `buckets` of so many partitions."""
     number, text = DataType.INT, DataType.TEXT
     line = {"id": text, "customer": number, "product": number, "status": text}
     columns: dict[str, dict[str, DataType]] = {
@@ -75,7 +79,19 @@ def tables(namespace: str) -> dict[str, TableSchema]:
         "shipment": line,
         "orders": line,
     }
-    return {name: TableSchema(namespace, name, of, partition_key=("id",)) for name, of in columns.items()}
+    if not buckets:
+        return {name: TableSchema(namespace, name, of, partition_key=("id",)) for name, of in columns.items()}
+    return {
+        name: TableSchema(namespace, name, {"bucket": number, **of}, partition_key=("bucket",), clustering_key=("id",))
+        for name, of in columns.items()
+    }
+
+
+def key_of(identity: int | str, buckets: int) -> Key:
+    if not buckets:
+        return Key((identity,))
+    number = identity if isinstance(identity, int) else int(identity[:8], 16)
+    return Key((number % buckets,), (identity,))
 
 
 @dataclass
@@ -112,7 +128,9 @@ class Tally:
 class Ours:
     """This engine's side: tasks of this process."""
 
-    def __init__(self, storage: CassandraStorage, *, one_phase: bool, async_commit: bool, cache: int) -> None:
+    def __init__(
+        self, storage: CassandraStorage, *, one_phase: bool, async_commit: bool, cache: int, buckets: int
+    ) -> None:
         self.watched = WatchedStorage(storage)
         self.manager = TransactionManager(
             PartitionGate(self.watched),
@@ -121,7 +139,8 @@ class Ours:
             cache_records=cache,
             coordinator_namespace="bench_coordinator",
         )
-        self._tables = tables(OURS)
+        self._tables = tables(OURS, buckets)
+        self._buckets = buckets
         self._chance = random.Random(1)
 
     async def round(self, work: str, at_once: int, seconds: float, tally: Tally) -> None:
@@ -158,24 +177,30 @@ class Ours:
 
     async def _transfer(self, transaction: Transaction, first: int, second: int) -> None:
         account = self._tables["account"]
-        held, owed = await transaction.get_many(account, [Key((first,)), Key((second,))])
+        giver, taker = key_of(first, self._buckets), key_of(second, self._buckets)
+        held, owed = await transaction.get_many(account, [giver, taker])
         assert held is not None
         assert owed is not None
-        await transaction.update(account, Key((first,)), {"balance": cast(int, held["balance"]) - 1})
-        await transaction.update(account, Key((second,)), {"balance": cast(int, owed["balance"]) + 1})
+        await transaction.update(account, giver, {"balance": cast(int, held["balance"]) - 1})
+        await transaction.update(account, taker, {"balance": cast(int, owed["balance"]) + 1})
 
     async def _order(self, transaction: Transaction, product: int, customer: int) -> None:
         stock, wallet = self._tables["stock"], self._tables["wallet"]
         reserved, balance = await asyncio.gather(
-            transaction.get(stock, Key((product,))), transaction.get(wallet, Key((customer,)))
+            transaction.get(stock, key_of(product, self._buckets)),
+            transaction.get(wallet, key_of(customer, self._buckets)),
         )
         assert reserved is not None
         assert balance is not None
-        await transaction.update(stock, Key((product,)), {"reserved": cast(int, reserved["reserved"]) + 1})
-        await transaction.update(wallet, Key((customer,)), {"balance": cast(int, balance["balance"]) - 100})
+        await transaction.update(
+            stock, key_of(product, self._buckets), {"reserved": cast(int, reserved["reserved"]) + 1}
+        )
+        await transaction.update(
+            wallet, key_of(customer, self._buckets), {"balance": cast(int, balance["balance"]) - 100}
+        )
         line = {"customer": customer, "product": product, "status": "placed"}
         for name in ("shipment", "orders"):
-            await transaction.insert(self._tables[name], Key((transaction.tx_id,)), line)
+            await transaction.insert(self._tables[name], key_of(transaction.tx_id, self._buckets), line)
 
 
 class Theirs:
@@ -201,12 +226,13 @@ class Theirs:
         tally.statements += Counter(await self._java.ask("counts", manager=THEIRS)) - Counter(before)
 
 
-async def load(storage: CassandraStorage, works: Sequence[str]) -> None:
+async def load(storage: CassandraStorage, works: Sequence[str], our_buckets: int) -> None:
     """The same rows for both sides, as transactions left them long ago. By plain writes, for nobody else is here."""
     manager = TransactionManager(storage, coordinator_namespace="bench_coordinator")
     await manager.create_coordinator_tables()
     for side in (OURS, THEIRS):
-        named = tables(side)
+        buckets = our_buckets if side == OURS else 0
+        named = tables(side, buckets)
         for table in named.values():
             await manager.create_table(table)
         columns: dict[str, str] = {}
@@ -216,11 +242,11 @@ async def load(storage: CassandraStorage, works: Sequence[str]) -> None:
             columns |= {"stock": "reserved", "wallet": "balance"}
         rows = ((named[name], number, column) for name, column in columns.items() for number in range(10_000))
 
-        async def worker(rows: Iterator[tuple[TableSchema, int, str]] = rows) -> None:
+        async def worker(rows: Iterator[tuple[TableSchema, int, str]] = rows, buckets: int = buckets) -> None:
             for table, number, column in rows:
                 committed: Row = {column: 1_000_000_000, "tx_id": str(uuid.uuid4()), "tx_state": 3, "tx_version": 1}
                 committed |= {"tx_prepared_at": 1_600_000_000_000, "tx_committed_at": 1_600_000_000_001}
-                await storage.mutate([Put(transactional(table), Key((number,)), committed)])
+                await storage.mutate([Put(transactional(table), key_of(number, buckets), committed)])
 
         await asyncio.gather(*(worker() for _ in range(LOADED_AT_ONCE)))
 
@@ -247,9 +273,15 @@ async def measure(options: argparse.Namespace, stack: AsyncExitStack) -> None:
         port = urlsplit(options.storage).port or 9042
     storage = CassandraStorage(["127.0.0.1"], port)
     stack.push_async_callback(storage.close)
-    await load(storage, options.work)
+    await load(storage, options.work, options.buckets)
 
-    ours = Ours(storage, one_phase=options.one_phase, async_commit=not options.sync, cache=options.cache)
+    ours = Ours(
+        storage,
+        one_phase=options.one_phase,
+        async_commit=not options.sync,
+        cache=options.cache,
+        buckets=options.buckets,
+    )
     sides: dict[str, Ours | Theirs] = {OURS: ours}
     if java_compiler() is None:
         print(json.dumps({"left_out": THEIRS, "why": NO_COMPILER}), flush=True)
@@ -307,6 +339,7 @@ def main() -> None:
     parser.add_argument("--storage", help="cassandra://HOST:PORT of one that runs (default: one is started)")
     parser.add_argument("--one-phase", action="store_true", help="ours with one-phase commit where it applies")
     parser.add_argument("--sync", action="store_true", help="ours answering only when records are settled")
+    parser.add_argument("--buckets", type=int, default=16, help="partitions of each of our tables; 0: one for each row")
     parser.add_argument("--cache", type=int, default=0, help="records that ours keeps between transactions")
     parser.add_argument("--profile", type=Path, help="where to write what this process spends its time on")
     asyncio.run(run(parser.parse_args()))
