@@ -13,7 +13,8 @@ once, decides a transaction. The columns, states and conditions are ScalarDB 3.1
     recovery.py      brings found records to rest  commit.py     the protocol, to be read aloud
     record_cache.py  what need not be read again   transaction.py  manager.py
                                                    two_phase.py  participants with storages of their own
-    cleaning up                                    journal.py    the manager's intents
+    hot_records.py   who waits for whom            journal.py    the manager's intents
+    cleaning up
     ───────────
     sweeper.py       what nobody reads             tables
     write_set.py     what Java programs logged     ──────

@@ -17,6 +17,7 @@ from infra.clock import Clock, SystemClock
 from infra.consensus_commit.commit import BeforeCommitState, commit
 from infra.consensus_commit.coordinator import CoordinatorStates
 from infra.consensus_commit.errors import TransactionConflictError
+from infra.consensus_commit.hot_records import HotRecords
 from infra.consensus_commit.intents import IntentLog, new_intended_id
 from infra.consensus_commit.journal import Journal
 from infra.consensus_commit.metadata import transactional
@@ -47,6 +48,8 @@ class TransactionManager:
     have two names. None: no intents.
     `cache_records`: how many committed records to keep, so that SERIALIZABLE transactions need not read them first;
     see `record_cache.py` for when that pays.
+    `queue_at_hot_records`: let transactions that want a record which was in somebody's way lately wait for each other
+    instead of colliding; see `hot_records.py`.
     `states`, `recovery` and `sweeper` are public for inspection; run `sweeper.run()` as a task of its own.
     """
 
@@ -59,6 +62,7 @@ class TransactionManager:
         async_commit: bool = True,
         name: str | None = None,
         cache_records: int = 0,
+        queue_at_hot_records: bool = True,
         coordinator_namespace: str = "coordinator",
         transaction_lifetime_ms: int = TRANSACTION_LIFETIME_MS,
         on_recovered: Callable[[str], None] = lambda kind: None,
@@ -72,6 +76,7 @@ class TransactionManager:
         self._one_phase_commit = one_phase_commit
         self._async_commit = async_commit
         self._cache = RecordCache(cache_records) if cache_records else None
+        self._hot_records = HotRecords(self._clock) if queue_at_hot_records else None
         self._settling: set[asyncio.Task[None]] = set()
         self._random = randomness or random.Random()
         self._sleep = sleep
@@ -126,6 +131,7 @@ class TransactionManager:
             clock=self._clock,
             read_only=read_only,
             cache=self._cache,
+            hot_records=self._hot_records,
         )
 
         async def commit_participant(participant: ParticipantTransaction) -> None:

@@ -30,9 +30,11 @@ from infra.consensus_commit.errors import (
     CommitConflictError,
     IllegalOperationError,
     PreparationConflictError,
+    UncommittedRecordError,
     UnknownTransactionStatusError,
     UnsatisfiedConditionError,
 )
+from infra.consensus_commit.hot_records import HotRecords
 from infra.consensus_commit.metadata import (
     TX_COMMITTED_AT,
     TX_ID,
@@ -116,6 +118,7 @@ class ParticipantTransaction:
         clock: Clock,
         read_only: bool = False,
         cache: RecordCache | None = None,
+        hot_records: HotRecords | None = None,
     ) -> None:
         self.tx_id = tx_id
         self.isolation = isolation
@@ -126,6 +129,7 @@ class ParticipantTransaction:
         # Only what is validated before it counts may come from a cache.
         self._cache = cache if isolation is Isolation.SERIALIZABLE else None
         self._prepared_at_ms = 0
+        self._hot_records = hot_records
         self._snapshot = Snapshot()
         self._phase = _Phase.ACTIVE
         self._batches: list[_Batch] = []
@@ -392,6 +396,8 @@ class ParticipantTransaction:
 
     def note_committed(self, committed_at_ms: int) -> None:
         """This transaction is committed, as of `committed_at_ms`: what it wrote is what others should read."""
+        if self._hot_records is not None:
+            self._hot_records.leave(self.tx_id)
         if self._cache is None:
             return
         for record_id, write in self._snapshot.writes.items():
@@ -416,6 +422,8 @@ class ParticipantTransaction:
 
     def note_failed(self) -> None:
         """This transaction did not commit, perhaps because something that it believed was old."""
+        if self._hot_records is not None:
+            self._hot_records.leave(self.tx_id)
         if self._cache is not None:
             self._cache.drop([*self._snapshot.reads, *self._snapshot.writes])
 
@@ -467,6 +475,8 @@ class ParticipantTransaction:
 
     async def _read(self, layout: Layout, key: Key) -> None:
         record_id = (layout.full_name, key)
+        if self._hot_records is not None and not self._read_only:
+            await self._hot_records.enter(record_id, self.tx_id)
         cached = None if self._cache is None else self._cache.get(record_id)
         if cached is not None:
             return self._snapshot.remember_get(layout, key, cached)
@@ -486,7 +496,12 @@ class ParticipantTransaction:
         if self._reads_afresh:
             self._recovered.add((layout.full_name, key))
             return self._recovery.last_committed(layout.stored, key, row, recover=not self._read_only)
-        record = await self._recovery.resolve(layout.stored, key, row)
+        try:
+            record = await self._recovery.resolve(layout.stored, key, row)
+        except UncommittedRecordError:
+            if self._hot_records is not None:
+                self._hot_records.note([(layout.full_name, key)])
+            raise
         if record is None or record[TX_ID] != row[TX_ID]:
             # What is stored must change before it agrees with what was read; a PREPARED record that is committed
             # agrees already, since conditions and validation look at the tx_id.
@@ -577,6 +592,8 @@ class ParticipantTransaction:
             await self._storage.mutate(mutations)
         except NoMutationError:
             batch.prepared = _Prepared.NO
+            if self._hot_records is not None:
+                self._hot_records.note(write.id for write in batch.writes)
             self._recover_later(batch.writes)
             raise PreparationConflictError(f"transaction {self.tx_id}: a record is not as it was read") from None
         except UnknownOutcomeError:
