@@ -14,11 +14,11 @@ once, decides a transaction. The columns, states and conditions are ScalarDB 3.1
     record_cache.py  what need not be read again   transaction.py  manager.py
                                                    two_phase.py  participants with storages of their own
     hot_records.py   who waits for whom            journal.py    the manager's intents
-    cleaning up
-    ───────────
-    sweeper.py       what nobody reads             tables
-    write_set.py     what Java programs logged     ──────
-                                                   schema.py     declared against stored, and the steps between
+
+    cleaning up                                    tables
+    ───────────                                    ──────
+    sweeper.py       what nobody reads             schema.py     declared against stored, and the steps between
+    write_set.py     what Java programs logged
 
 `states.py` and `metadata.py` are the format on disk, `errors.py` what a caller may meet, `retry.py` when to try again.
 What is guaranteed on which storage, with examples: `README.md`.
