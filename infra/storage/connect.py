@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 import tomllib
 from collections.abc import Callable, Mapping
@@ -31,6 +32,10 @@ _MULTI_FORM = """a file for multi: reads
 """
 
 
+_URL = re.compile(r"(?:([^:/?#]+):)?(?://([^/?#]*))?([^?#]*)(?:\?([^#]*))?(?:#(.*))?", re.DOTALL)
+"""Scheme, authority, path, query and fragment (RFC 3986, appendix B)."""
+
+
 def connect(url: str) -> Storage:
     """The storage that `url` names; nothing is opened or created yet.
 
@@ -48,14 +53,19 @@ def connect(url: str) -> Storage:
     `multi:///etc/concord/storages.toml` spreads namespaces over several storages as that file says; it is read at
     once. Raises InvalidOperationError, which names the accepted forms.
     """
-    try:
-        parts = urlsplit(url)
-    except ValueError as error:
-        raise InvalidOperationError(f"{url!r} is not a URL ({error}): {_FORMS}") from error
+    parts = _split(url)
     open_storage = _ADAPTERS.get(parts.scheme)
     if open_storage is None:
         raise InvalidOperationError(f"there is no storage {parts.scheme + ':'!r}: {_FORMS}")
     return open_storage(parts)
+
+
+def _split(url: str) -> SplitResult:
+    """A URL in its parts, by RFC 3986's own expression: `urlsplit` refuses lists of hosts that have an IPv6 address."""
+    match = _URL.fullmatch(url)
+    assert match is not None, "the expression fits every string"
+    scheme, *others = (part or "" for part in match.groups())
+    return SplitResult(scheme.lower(), *others)
 
 
 def _sqlite(parts: SplitResult) -> Storage:
