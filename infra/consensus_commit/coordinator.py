@@ -181,7 +181,10 @@ class CoordinatorStates:
                 winner = await self.get_state(tx_id)
             except UnavailableStorageError as error:
                 raise UnknownTransactionStatusError(f"the state of {tx_id} cannot be read", tx_id) from error
-            if winner is None or winner.state is not TransactionState.COMMITTED:
+            if winner is None:
+                # It was there, and was forgotten before we could look: perhaps our own, of a put that was not answered.
+                raise UnknownTransactionStatusError(f"the state of {tx_id} was decided and pruned", tx_id) from None
+            if winner.state is not TransactionState.COMMITTED:
                 raise CommitConflictError(f"transaction {tx_id} was aborted by another") from None
         self._remember(StateRow(tx_id, TransactionState.COMMITTED, committed_at_ms))
         await reach("commit_state.after")

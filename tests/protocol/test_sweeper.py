@@ -11,7 +11,7 @@ from protocol_world import ABORTED, ACCOUNT, COMMITTED, STOCK, World, key
 
 from infra.clock import ManualClock
 from infra.consensus_commit.coordinator import CoordinatorStates, group_and_child
-from infra.consensus_commit.errors import CrudConflictError, TransactionConflictError
+from infra.consensus_commit.errors import CrudConflictError, TransactionConflictError, UnknownTransactionStatusError
 from infra.consensus_commit.intents import Intent, IntentLog
 from infra.consensus_commit.manager import TransactionManager
 from infra.consensus_commit.metadata import transactional
@@ -211,6 +211,26 @@ async def test_an_intent_stays_as_long_as_one_of_its_tables_cannot_be_reached(wo
     await successor.sweeper.sweep()
     assert await log.all() == []
     assert await world.in_doubt() == 0
+
+
+async def test_a_commit_whose_row_was_pruned_before_it_could_be_looked_at_is_not_called_aborted(world: World) -> None:
+    """Its first put was applied and not answered; its second met the row, which was gone when it was to be read."""
+    await given_money(world)
+    manager = await named(world, storage=world.storage)
+    transaction = manager.begin()
+    await move_money(transaction)
+    states = world.process().states
+    world.storage.fail(Kind.UNANSWERED, writes_to(STATES))
+
+    async def prune() -> None:
+        row = await states.get_state(transaction.tx_id)
+        assert row is not None
+        assert await states.forget(row) == 1
+
+    world.storage.visit_before(lambda call: call.method == "get" and STATES.full_name in call.tables, prune)
+
+    with pytest.raises(UnknownTransactionStatusError, match="pruned"):
+        await transaction.commit()
 
 
 async def test_a_commit_leaves_no_intent_and_an_abort_neither_intent_nor_state_row(world: World) -> None:
