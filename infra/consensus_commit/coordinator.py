@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -47,7 +47,8 @@ from infra.storage.port import Storage
 
 Sleep = Callable[[float], Awaitable[None]]
 
-_OPTIONAL_COLUMNS = {"tx_child_ids": DataType.TEXT, "tx_write_set": DataType.BLOB}
+OPTIONAL_COLUMNS: Mapping[str, DataType] = {"tx_child_ids": DataType.TEXT, "tx_write_set": DataType.BLOB}
+"""What the state table has besides where a Java program made it, with group commit or write-set logging on."""
 _KNOWN_AT_MOST = 10_000
 
 
@@ -157,7 +158,7 @@ class CoordinatorStates:
         for table in await self._storage.tables():
             if table.full_name == self.table.full_name:
                 more = {name: kind for name, kind in table.columns.items() if name not in self.table.columns}
-                if more.items() <= _OPTIONAL_COLUMNS.items():
+                if more.items() <= OPTIONAL_COLUMNS.items():
                     self.table = replace(self.table, columns={**self.table.columns, **more})
                     self._is_adopted = True
 

@@ -23,13 +23,11 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeAlias
 
+from infra.consensus_commit.coordinator import OPTIONAL_COLUMNS
 from infra.consensus_commit.metadata import BEFORE, BEFORE_TX_ID, TRANSACTION_COLUMNS, transactional
 from infra.storage.operations import DataType, StorageInfo, TableSchema
 from infra.storage.port import AdministrableStorage
 from infra.storage.schema_file import ImportDeclaration, TableDeclaration, clustering_order
-
-COORDINATOR_OPTIONAL: Mapping[str, DataType] = {"tx_child_ids": DataType.TEXT, "tx_write_set": DataType.BLOB}
-"""Columns that a state table may have besides: ScalarDB's, where it commits in groups or logs write sets."""
 
 BEFORE_METADATA_COLUMNS: Mapping[str, DataType] = {BEFORE + name: kind for name, kind in TRANSACTION_COLUMNS.items()}
 METADATA_COLUMNS: Mapping[str, DataType] = {**TRANSACTION_COLUMNS, **BEFORE_METADATA_COLUMNS}
@@ -532,7 +530,5 @@ def drop_plan(names: Iterable[str], stock: Stock, *, coordinator: str = "coordin
 def bookkeeping(table: TableSchema, stock: Stock) -> TableDeclaration:
     """The declaration of a coordinator's table, with those of ScalarDB's optional columns that the stored one has."""
     stored = stock.tables.get(table.full_name)
-    optional = {
-        name: kind for name, kind in COORDINATOR_OPTIONAL.items() if stored and stored.columns.get(name) is kind
-    }
+    optional = {name: kind for name, kind in OPTIONAL_COLUMNS.items() if stored and stored.columns.get(name) is kind}
     return TableDeclaration(replace(table, columns={**table.columns, **optional}), transaction=False)

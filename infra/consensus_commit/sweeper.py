@@ -93,10 +93,7 @@ class Sweeper:
 
     async def run(self) -> None:
         """Sweep until cancelled. Storage that does not answer is waited for."""
-        await asyncio.gather(self._forever(self._round, self._interval_s), self._forever(self.walk, self._lifetime_s))
-
-    async def _round(self) -> None:
-        await self.sweep()
+        await asyncio.gather(self._forever(self.sweep, self._interval_s), self._forever(self.walk, self._lifetime_s))
 
     async def _forever(self, work: Callable[[], Awaitable[object]], pause_s: float) -> None:
         while True:

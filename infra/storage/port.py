@@ -61,18 +61,12 @@ class Storage(Protocol):
         """Release files and threads; pending writes are finished first."""
 
 
-class PeekingStorage(Protocol):
-    """A storage that can read more cheaply where the reader finds out later whether it read right."""
-
-    async def peek(self, table: TableSchema, key: Key) -> Row | None:
-        """The row under `key`, as every answered write left it; one that is not answered yet may show or not.
-
-        Two such reads need not agree on unanswered writes, which reads by `get` do.
-        """
-
-
 async def peek(storage: Storage, table: TableSchema, key: Key) -> Row | None:
-    """`storage.peek` where there is one, else `storage.get`. For reads that are checked before they count."""
+    """The row under `key`, by the storage's cheaper way to read (`peek`) where it has one, else by `get`.
+
+    It is as every answered write left it; a write that is not answered yet may show or not, and two such reads need not
+    agree on it, as reads by `get` do. For what is read again, or compared, before it counts.
+    """
     look: Callable[[TableSchema, Key], Awaitable[Row | None]] = getattr(storage, "peek", storage.get)
     return await look(table, key)
 

@@ -50,7 +50,6 @@ from infra.consensus_commit.metadata import transactional
 from infra.consensus_commit.transaction import Transaction
 from infra.servers.cassandra import LocalCassandra
 from infra.storage.cassandra import CassandraStorage
-from infra.storage.gate import PartitionGate
 from infra.storage.operations import DataType, Key, Put, Row, TableSchema
 from scripts.bench.watched import WatchedStorage
 from tests.java_peer.processes import (
@@ -133,7 +132,7 @@ class Ours:
     ) -> None:
         self.watched = WatchedStorage(storage)
         self.manager = TransactionManager(
-            PartitionGate(self.watched),
+            self.watched,  # the manager puts its gate before it
             one_phase_commit=one_phase,
             async_commit=async_commit,
             cache_records=cache,
