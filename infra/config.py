@@ -87,6 +87,13 @@ class StorageSettings(_Group):
     )
 
 
+class CassandraSettings(_Group):
+    """The Cassandra that profile stack starts; one of your own is named by `storage.url`."""
+
+    port: Port = Field(0, description="port of the local Cassandra; 0 chooses a free one and keeps it")
+    heap_mb: int = Field(1024, ge=512, le=65_536, description="heap of the local Cassandra, in MiB")
+
+
 # On two cores every further actor costs more than it brings: messages become more and smaller (measure with
 # scripts/bench/orders.py). Inventory has one, since the categories of one order would otherwise wait for each other
 # across actors; orders has two, so that routing among shards is exercised wherever the defaults run.
@@ -153,6 +160,7 @@ class Settings(_Group):
     profile: Literal["local", "stack", "cluster"] = Field("local", description="which servers the system runs on")
     kafka: KafkaSettings = KafkaSettings()
     storage: StorageSettings = StorageSettings()
+    cassandra: CassandraSettings = CassandraSettings()
     actors: ActorSettings = ActorSettings()
     retry: RetrySettings = RetrySettings()
     batch: BatchSettings = BatchSettings()
@@ -170,8 +178,26 @@ class Settings(_Group):
 
     @property
     def storage_url(self) -> str:
-        """The storage's address, with the default filled in."""
-        return self.storage.url or f"sqlite://{quote(str(self.data_dir.absolute() / 'tables'))}"
+        """The storage's address, with the default filled in.
+
+        Of profile stack without a port that was chosen beforehand it is one where nobody answers, until `located`.
+        """
+        if self.storage.url:
+            return self.storage.url
+        if self.profile == "stack":
+            return cassandra_url("127.0.0.1", self.cassandra.port)
+        return f"sqlite://{quote(str(self.data_dir.absolute() / 'tables'))}"
+
+    def located(self, *, bootstrap_servers: str, storage_url: str) -> Settings:
+        """The same settings with the addresses that the servers turned out to have."""
+        kafka = self.kafka.model_copy(update={"bootstrap_servers": bootstrap_servers})
+        storage = self.storage.model_copy(update={"url": storage_url})
+        return self.model_copy(update={"kafka": kafka, "storage": storage})
+
+
+def cassandra_url(host: str, port: int) -> str:
+    """The address of a Cassandra without credentials, as `storage.url` wants it."""
+    return f"cassandra://{host}:{port}/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +284,11 @@ _RULES: tuple[_Rule, ...] = (
         lambda s: "profile cluster uses your own storage. Name it",
     ),
     _Rule(
+        lambda s: s.profile != "stack" or not s.storage.url,
+        ("storage.url", "profile"),
+        lambda s: "profile stack starts a Cassandra of its own. Leave the address unset, or use profile cluster",
+    ),
+    _Rule(
         lambda s: s.profile == "cluster" or not s.kafka.bootstrap_servers,
         ("kafka.bootstrap_servers", "profile"),
         lambda s: f"profile {s.profile} starts a Kafka of its own. Leave the address unset, or use profile cluster",
@@ -268,8 +299,10 @@ _RULES: tuple[_Rule, ...] = (
         lambda s: f"profile {s.profile} has one Kafka node. Use 1, or profile cluster",
     ),
     _Rule(
-        lambda s: _distinct(s.kafka.port, s.http_port, s.dashboard_port),
-        ("kafka.port", "http_port", "dashboard_port"),
+        lambda s: _distinct(
+            s.kafka.port, s.cassandra.port if s.profile == "stack" else 0, s.http_port, s.dashboard_port
+        ),
+        ("kafka.port", "cassandra.port", "http_port", "dashboard_port"),
         lambda s: "two servers cannot share a port. Choose different ones, or 0 for free ones",
     ),
 )
