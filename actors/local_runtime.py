@@ -17,7 +17,8 @@ from actors.runtime import ActorLostError, Mailroom
 from actors.system import Actor, Observer, SystemConfig, actor_names, build_actor
 from infra.clock import Clock, SystemClock
 from infra.storage.errors import UnavailableStorageError
-from infra.storage.operations import CrossPartition, Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
+from infra.storage.forwarding import ForwardingStorage
+from infra.storage.operations import CrossPartition, Key, Mutation, Row, Scan, TableSchema, Value
 from infra.storage.port import Storage
 
 
@@ -169,19 +170,12 @@ class _LocalIncarnations(Incarnations):
         return not self._runtime.runs(incarnation)
 
 
-class _Lifeline:
+class _Lifeline(ForwardingStorage):
     """One actor's way to the storage. Once it is cut, what a dead actor's tasks still try has no effect."""
 
     def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+        super().__init__(storage)
         self.cut = False
-
-    @property
-    def info(self) -> StorageInfo:
-        return self._storage.info
-
-    def info_of(self, namespace: str) -> StorageInfo:
-        return self._storage.info_of(namespace)
 
     def _check(self) -> None:
         if self.cut:
@@ -189,32 +183,32 @@ class _Lifeline:
 
     async def create_table(self, table: TableSchema) -> None:
         self._check()
-        await self._storage.create_table(table)
+        await super().create_table(table)
 
     async def tables(self) -> list[TableSchema]:
         self._check()
-        return await self._storage.tables()
+        return await super().tables()
 
     async def get(self, table: TableSchema, key: Key) -> Row | None:
         self._check()
-        return await self._storage.get(table, key)
+        return await super().get(table, key)
 
     async def scan(self, scan: Scan) -> list[Row]:
         self._check()
-        return await self._storage.scan(scan)
+        return await super().scan(scan)
 
     async def partitions(self, table: TableSchema) -> list[tuple[Value, ...]]:
         self._check()
-        return await self._storage.partitions(table)
+        return await super().partitions(table)
 
     async def pages(self, selection: CrossPartition, page_size: int = 256) -> AsyncIterator[list[Row]]:
-        async for page in self._storage.pages(selection, page_size):
+        async for page in super().pages(selection, page_size):
             self._check()
             yield page
 
     async def mutate(self, mutations: Sequence[Mutation]) -> None:
         self._check()
-        await self._storage.mutate(mutations)
+        await super().mutate(mutations)
 
     async def close(self) -> None:
         """The storage belongs to whoever made it."""

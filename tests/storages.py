@@ -38,20 +38,18 @@ from typing import Any
 import pytest
 
 from infra.storage.errors import InvalidOperationError, NoMutationError
+from infra.storage.forwarding import ForwardingStorage
 from infra.storage.memory import MemoryStorage
 from infra.storage.operations import (
     Atomicity,
-    CrossPartition,
     Delete,
     IfExists,
     Key,
     Mutation,
     Put,
     Row,
-    Scan,
     StorageInfo,
     TableSchema,
-    Value,
 )
 from infra.storage.port import Storage, peek
 from infra.storage.sqlite import SqliteStorage
@@ -149,7 +147,7 @@ class _Known:
 _known: dict[int, _Known] = {}
 
 
-class RememberingStorage:
+class RememberingStorage(ForwardingStorage):
     """A storage that remembers which tables there are, and which keys were put through it, to delete their rows.
 
     `unit`, if set, is the atomic unit that it admits to: a smaller one than it has, where a test wants a transaction
@@ -157,17 +155,17 @@ class RememberingStorage:
     """
 
     def __init__(self, storage: Storage) -> None:
-        self.storage = storage
+        super().__init__(storage)
         self.unit: Atomicity | None = None
         self._known = _known.setdefault(id(storage), _Known())
         self._touched: dict[tuple[str, Key], TableSchema] = {}
 
     @property
     def info(self) -> StorageInfo:
-        return self._divided(self.storage.info)
+        return self._divided(super().info)
 
     def info_of(self, namespace: str) -> StorageInfo:
-        return self._divided(self.storage.info_of(namespace))
+        return self._divided(super().info_of(namespace))
 
     def _divided(self, info: StorageInfo) -> StorageInfo:
         return info if self.unit is None else replace(info, atomicity=self.unit)
@@ -175,29 +173,17 @@ class RememberingStorage:
     async def create_table(self, table: TableSchema) -> None:
         if self._known.created.get(table.full_name) != table:
             self._known.tables = None
-            await self.storage.create_table(table)
+            await super().create_table(table)
             self._known.created[table.full_name] = table
 
     async def tables(self) -> list[TableSchema]:
         """Asked once: only what goes through here changes them, as long as no other process makes tables."""
         if self._known.tables is None:
-            self._known.tables = await self.storage.tables()
+            self._known.tables = await super().tables()
         return list(self._known.tables)
-
-    async def get(self, table: TableSchema, key: Key) -> Row | None:
-        return await self.storage.get(table, key)
 
     async def peek(self, table: TableSchema, key: Key) -> Row | None:
         return await peek(self.storage, table, key)
-
-    async def scan(self, scan: Scan) -> list[Row]:
-        return await self.storage.scan(scan)
-
-    def pages(self, selection: CrossPartition, page_size: int = 256) -> AsyncIterator[list[Row]]:
-        return self.storage.pages(selection, page_size)
-
-    async def partitions(self, table: TableSchema) -> list[tuple[Value, ...]]:
-        return await self.storage.partitions(table)
 
     async def mutate(self, mutations: Sequence[Mutation]) -> None:
         self._touched.update(
@@ -205,7 +191,7 @@ class RememberingStorage:
             for mutation in mutations
             if isinstance(mutation, Put)
         )
-        await self.storage.mutate(mutations)
+        await super().mutate(mutations)
 
     async def close(self) -> None:
         """The server's storage is the run's, and stays open."""

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+from infra.storage.forwarding import ForwardingStorage
 from infra.storage.operations import (
     CrossPartition,
     Delete,
@@ -18,9 +19,7 @@ from infra.storage.operations import (
     Mutation,
     Row,
     Scan,
-    StorageInfo,
     TableSchema,
-    Value,
 )
 from infra.storage.port import Storage, peek
 
@@ -47,59 +46,40 @@ def phase_of(mutations: Sequence[Mutation]) -> str:
     return "rollback_records" if mine else "one_phase"
 
 
-class WatchedStorage:
+class WatchedStorage(ForwardingStorage):
     """Storage that passes everything on to `storage` and counts statements by phase.
 
     Whoever reaches `hold_at` stays there for ever, and `on_held` is told.
     """
 
     def __init__(self, storage: Storage, on_held: Callable[[str], None] = lambda phase: None) -> None:
-        self._storage = storage
+        super().__init__(storage)
         self._on_held = on_held
         self.counts: Counter[str] = Counter()
         self.hold_at = ""
 
-    @property
-    def info(self) -> StorageInfo:
-        return self._storage.info
-
-    def info_of(self, namespace: str) -> StorageInfo:
-        return self._storage.info_of(namespace)
-
-    async def create_table(self, table: TableSchema) -> None:
-        await self._storage.create_table(table)
-
-    async def tables(self) -> list[TableSchema]:
-        return await self._storage.tables()
-
     async def get(self, table: TableSchema, key: Key) -> Row | None:
         await self._pass("get")
-        return await self._storage.get(table, key)
+        return await super().get(table, key)
 
     async def peek(self, table: TableSchema, key: Key) -> Row | None:
         await self._pass("peek")
-        return await peek(self._storage, table, key)
+        return await peek(self.storage, table, key)
 
     async def scan(self, scan: Scan) -> list[Row]:
         await self._pass("scan")
-        return await self._storage.scan(scan)
+        return await super().scan(scan)
 
     def pages(self, selection: CrossPartition, page_size: int = 256) -> AsyncIterator[list[Row]]:
         self.counts["scan"] += 1
-        return self._storage.pages(selection, page_size)
-
-    async def partitions(self, table: TableSchema) -> list[tuple[Value, ...]]:
-        return await self._storage.partitions(table)
+        return super().pages(selection, page_size)
 
     async def mutate(self, mutations: Sequence[Mutation]) -> None:
         await self._pass(phase_of(mutations))
-        await self._storage.mutate(mutations)
-
-    async def close(self) -> None:
-        await self._storage.close()
+        await super().mutate(mutations)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._storage, name)
+        return getattr(self.storage, name)
 
     async def _pass(self, phase: str) -> None:
         self.counts[phase] += 1

@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Literal
 
 from infra.storage.errors import UnavailableStorageError, UnknownOutcomeError
+from infra.storage.forwarding import ForwardingStorage
 from infra.storage.operations import CrossPartition, Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
 from infra.storage.port import Storage, atomic_unit
 
@@ -93,11 +94,11 @@ class _Armed:
         return self.nth <= self.seen < self.nth + self.times
 
 
-class Weather:
+class Weather(ForwardingStorage):
     """The storage port over `storage`. While `down`, nothing is served."""
 
     def __init__(self, storage: Storage, *, serializes_batches: bool | None = None) -> None:
-        self.storage = storage
+        super().__init__(storage)
         self.down = False
         self.calls: list[StorageCall] = []
         self.struck: list[StorageCall] = []
@@ -121,33 +122,27 @@ class Weather:
 
     @property
     def info(self) -> StorageInfo:
-        info = self.storage.info
+        info = super().info
         return info if self._serializes is None else replace(info, serializes_batches=self._serializes)
 
     def info_of(self, namespace: str) -> StorageInfo:
         return self.info
 
-    async def create_table(self, table: TableSchema) -> None:
-        await self.storage.create_table(table)
-
-    async def tables(self) -> list[TableSchema]:
-        return await self.storage.tables()
-
     async def partitions(self, table: TableSchema) -> list[tuple[Value, ...]]:
         self._enter("partitions", frozenset([table.full_name]))
-        return await self.storage.partitions(table)
+        return await super().partitions(table)
 
     async def get(self, table: TableSchema, key: Key) -> Row | None:
         self._enter("get", frozenset([table.full_name]))
-        return await self.storage.get(table, key)
+        return await super().get(table, key)
 
     async def scan(self, scan: Scan) -> list[Row]:
         self._enter("scan", frozenset([scan.table.full_name]))
-        return await self.storage.scan(scan)
+        return await super().scan(scan)
 
     async def pages(self, selection: CrossPartition, page_size: int = 256) -> AsyncIterator[list[Row]]:
         self._enter("pages", frozenset([selection.table.full_name]))
-        async for page in self.storage.pages(selection, page_size):
+        async for page in super().pages(selection, page_size):
             yield page
 
     async def mutate(self, mutations: Sequence[Mutation]) -> None:
@@ -170,7 +165,7 @@ class Weather:
             else:
                 if self.pause is not None:
                     await self.pause()
-                await self.storage.mutate(mutations)
+                await super().mutate(mutations)
         finally:
             self.in_flight.subtract(units)
         if fault is Fault.UNANSWERED:
@@ -178,15 +173,12 @@ class Weather:
         if fault is Fault.UNDECLARED:
             raise ZeroDivisionError("applied, and broken")
 
-    async def close(self) -> None:
-        await self.storage.close()
-
     async def _apply_late(self, held: Held, mutations: Sequence[Mutation]) -> None:
         held.mutations = mutations
         held.reached.set()
         await held.released.wait()
         try:
-            await self.storage.mutate(mutations)
+            await super().mutate(mutations)
         finally:
             held.applied.set()
 

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from infra.storage.errors import UnavailableStorageError, UnknownOutcomeError
-from infra.storage.operations import CrossPartition, Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
+from infra.storage.forwarding import ForwardingStorage
+from infra.storage.operations import CrossPartition, Key, Mutation, Row, Scan, TableSchema
 from infra.storage.port import Storage
 
 
@@ -107,14 +108,14 @@ class _Visit:
     times: int | None
 
 
-class FaultyStorage:
+class FaultyStorage(ForwardingStorage):
     """The storage port over `storage`, with faults and visitors.
 
     `randomness` makes every call give way to other tasks, a random number of times before and after it is applied.
     """
 
     def __init__(self, storage: Storage, *, randomness: random.Random | None = None) -> None:
-        self.storage = storage
+        super().__init__(storage)
         self.calls: list[Call] = []
         self.faults: list[Fault] = []
         self.dead = False
@@ -138,50 +139,31 @@ class FaultyStorage:
         self.faults.clear()
         self._before.clear()
 
-    @property
-    def info(self) -> StorageInfo:
-        return self.storage.info
-
-    def info_of(self, namespace: str) -> StorageInfo:
-        return self.storage.info_of(namespace)
-
-    async def create_table(self, table: TableSchema) -> None:
-        await self.storage.create_table(table)
-
-    async def tables(self) -> list[TableSchema]:
-        return await self.storage.tables()
-
-    async def partitions(self, table: TableSchema) -> list[tuple[Value, ...]]:
-        return await self.storage.partitions(table)
-
     async def get(self, table: TableSchema, key: Key) -> Row | None:
         kind = await self._enter("get", frozenset([table.full_name]))
-        row = await self.storage.get(table, key)
+        row = await super().get(table, key)
         await self._leave(kind)
         return row
 
     async def scan(self, scan: Scan) -> list[Row]:
         kind = await self._enter("scan", frozenset([scan.table.full_name]))
-        rows = await self.storage.scan(scan)
+        rows = await super().scan(scan)
         await self._leave(kind)
         return rows
 
     async def pages(self, selection: CrossPartition, page_size: int = 256) -> AsyncIterator[list[Row]]:
         kind = await self._enter("pages", frozenset([selection.table.full_name]))
-        async for page in self.storage.pages(selection, page_size):
+        async for page in super().pages(selection, page_size):
             yield page
         await self._leave(kind)
 
     async def mutate(self, mutations: Sequence[Mutation]) -> None:
         tables = frozenset(mutation.table.full_name for mutation in mutations)
         kind = await self._enter("mutate", tables, tuple(mutations))
-        await self.storage.mutate(mutations)
+        await super().mutate(mutations)
         await self._leave(kind)
         if kind is Kind.UNANSWERED:
             raise UnknownOutcomeError("applied, but not answered")
-
-    async def close(self) -> None:
-        await self.storage.close()
 
     async def _enter(self, method: str, tables: frozenset[str], mutations: tuple[Mutation, ...] = ()) -> Kind | None:
         await self._give_way()

@@ -32,7 +32,8 @@ from enum import StrEnum
 from infra.consensus_commit.metadata import TX_ID, TX_STATE, TX_VERSION
 from infra.consensus_commit.states import TransactionState
 from infra.storage.errors import NoMutationError, StorageError, UnavailableStorageError, UnknownOutcomeError
-from infra.storage.operations import CrossPartition, Key, Mutation, Put, Row, Scan, StorageInfo, TableSchema, Value
+from infra.storage.forwarding import ForwardingStorage
+from infra.storage.operations import CrossPartition, Key, Mutation, Put, Row, Scan, TableSchema, Value
 from infra.storage.port import Storage, peek
 
 
@@ -210,55 +211,42 @@ def _decides(mutations: Sequence[Mutation]) -> bool:
     )
 
 
-class ProcessStorage:
+class ProcessStorage(ForwardingStorage):
     """The storage port as one process has it."""
 
     def __init__(self, weather: Weather) -> None:
+        super().__init__(weather.storage)
         self._weather = weather
-        self._storage = weather.storage
         self.dead = False
         self.died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    @property
-    def info(self) -> StorageInfo:
-        return self._storage.info
-
-    def info_of(self, namespace: str) -> StorageInfo:
-        return self._storage.info_of(namespace)
-
-    async def create_table(self, table: TableSchema) -> None:
-        await self._storage.create_table(table)
-
-    async def tables(self) -> list[TableSchema]:
-        return await self._storage.tables()
-
     async def get(self, table: TableSchema, key: Key) -> Row | None:
         await self._enter_read()
-        row = await self._storage.get(table, key)
+        row = await super().get(table, key)
         await self._leave()
         return row
 
     async def peek(self, table: TableSchema, key: Key) -> Row | None:
         await self._enter_read()
-        row = await peek(self._storage, table, key)
+        row = await peek(self.storage, table, key)
         await self._leave()
         return row
 
     async def scan(self, scan: Scan) -> list[Row]:
         await self._enter_read()
-        rows = await self._storage.scan(scan)
+        rows = await super().scan(scan)
         await self._leave()
         return rows
 
     async def pages(self, selection: CrossPartition, page_size: int = 256) -> AsyncIterator[list[Row]]:
         await self._enter_read()
-        async for page in self._storage.pages(selection, page_size):
+        async for page in super().pages(selection, page_size):
             yield page
             self._check_alive()
 
     async def partitions(self, table: TableSchema) -> list[tuple[Value, ...]]:
         await self._enter_read()
-        return await self._storage.partitions(table)
+        return await super().partitions(table)
 
     async def mutate(self, mutations: Sequence[Mutation]) -> None:
         await self._enter()
