@@ -4,7 +4,11 @@ A setting comes from, in this order: an option of the command (`load_settings(da
 (`CONCORD_KAFKA__PORT`; two underscores lead into a group), the file `concord.toml` in the data directory, its default.
 What does not hold is refused before anything starts, in sentences that name each setting as it was written.
 
-`Settings` itself reads nothing: it is plain data, frozen, and goes to other processes as JSON or pickle unchanged.
+`Settings` itself reads nothing: it is plain data, frozen, and goes to other processes as JSON or pickle.
+
+Secrets (`Secret`) show their value to `secret_of` alone. What is printed, logged or dumped has none: JSON carries them
+only with `context=WITH_SECRETS`, for files that nobody else can read. Beside each stands a setting that names a file to
+read it from, which is read at every use, so that a secret may be exchanged while the system runs.
 """
 
 from __future__ import annotations
@@ -16,11 +20,22 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import quote
+from typing import Annotated, Any, Literal, TypeAlias
+from urllib.parse import parse_qsl, quote, urlencode
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SecretStr,
+    SerializationInfo,
+    ValidationError,
+    field_serializer,
+)
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
 ENV_PREFIX = "CONCORD_"
@@ -44,19 +59,129 @@ class ConfigurationError(Exception):
 
 Port = Annotated[int, Field(ge=0, le=65_535)]
 
+WITH_SECRETS: Mapping[str, Any] = {"secrets": True}
+"""The `context` of `model_dump_json` for a file that nobody else can read; without it secrets are left out."""
+
+
+def _carried(secret: SecretStr, info: SerializationInfo) -> str:
+    return secret.get_secret_value() if _reveals(info) else ""
+
+
+def _reveals(info: SerializationInfo) -> bool:
+    return bool(info.context and info.context.get("secrets"))
+
+
+def _listed(given: Any) -> Any:
+    """A list as people write it into a variable: items between commas, or JSON."""
+    if not isinstance(given, str):
+        return given
+    if given.lstrip().startswith("["):
+        try:
+            return json.loads(given)
+        except ValueError:
+            return given
+    return [item.strip() for item in given.split(",") if item.strip()]
+
+
+Secret = Annotated[SecretStr, PlainSerializer(_carried, return_type=str)]
+NO_SECRET = SecretStr("")
+
+# Processes of the system run in other directories, and must mean the same file.
+File: TypeAlias = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())] | None
+Listed = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], NoDecode, BeforeValidator(_listed)]
+
+SECRET_PARAMETERS = frozenset({"password"})
+"""What may be secret in the URL of a storage."""
+
+
+def without_secrets(url: str) -> str:
+    """The URL of a storage as it may be shown."""
+    place, mark, query = url.partition("?")
+    scheme, slashes, rest = place.partition("://")
+    authority, slash, path = rest.partition("/")
+    place = f"{scheme}{slashes}{authority.rpartition('@')[2]}{slash}{path}"
+    kept = [(name, value) for name, value in parse_qsl(query, keep_blank_values=True) if name not in SECRET_PARAMETERS]
+    return f"{place}{mark if kept else ''}{urlencode(kept, safe='/:,')}"
+
+
+def secret_of(group: BaseModel, name: str) -> str:
+    """The secret `name` of a group of settings, from the setting itself or from the file `name`_file; "" if neither.
+
+    Raises ConfigurationError when the file cannot be read.
+    """
+    file: Path | None = getattr(group, f"{name}_file")
+    if file is None:
+        secret: SecretStr = getattr(group, name)
+        return secret.get_secret_value()
+    try:
+        return file.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigurationError([f"The file {file}, which {name}_file names, cannot be read: {reason}."]) from None
+
 
 class _Group(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+class TlsSettings(_Group):
+    """Whom a TLS connection trusts, and who it says we are. Files are PEM."""
+
+    ca_file: File = Field(None, description="certificates to trust; those of the operating system if unset")
+    certificate_file: File = Field(None, description="our own certificate, where the server asks for one")
+    key_file: File = Field(None, description="the key of our certificate")
+    key_password: Secret = Field(NO_SECRET, description="what the key is encrypted with")
+    key_password_file: File = Field(None, description="file of what the key is encrypted with")
+    check_hostname: bool = Field(True, description="whether the server's certificate must be for the name we called")
+
+    @property
+    def is_set(self) -> bool:
+        """Whether anything here would matter to a TLS connection."""
+        return self != TlsSettings()
+
+
+KafkaProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
+SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"]
+
+
+class SaslSettings(_Group):
+    """Who we are for Kafka: a name and a password, or for OAUTHBEARER a client of a token endpoint (RFC 6749 §4.4)."""
+
+    mechanism: Annotated[SaslMechanism, BeforeValidator(lambda v: v.upper() if isinstance(v, str) else v)] = Field(
+        "SCRAM-SHA-512", description="how we prove who we are"
+    )
+    username: str = Field("", description="our name; PLAIN and SCRAM")
+    password: Secret = Field(NO_SECRET, description="our password; PLAIN and SCRAM")
+    password_file: File = Field(None, description="file of our password")
+    token_endpoint: str = Field("", description="URL that gives tokens for client credentials; OAUTHBEARER")
+    client_id: str = Field("", description="our name at the token endpoint; OAUTHBEARER")
+    client_secret: Secret = Field(NO_SECRET, description="our secret at the token endpoint; OAUTHBEARER")
+    client_secret_file: File = Field(None, description="file of our secret at the token endpoint")
+    scope: str = Field("", description="what tokens are asked for; OAUTHBEARER, if the endpoint wants it")
+    token_endpoint_ca_file: File = Field(None, description="certificates to trust at the token endpoint")
+
+    @property
+    def is_set(self) -> bool:
+        """Whether anything here would matter to a SASL connection."""
+        return self != SaslSettings()
+
+
 class KafkaSettings(_Group):
     """The broker and what is kept on it."""
 
-    bootstrap_servers: str = Field("", description="host:port,… of your own Kafka; profile cluster only")
+    bootstrap_servers: Listed = Field((), description="host:port,… of your own Kafka; profile cluster only")
+    security_protocol: Annotated[KafkaProtocol, BeforeValidator(lambda v: v.upper() if isinstance(v, str) else v)] = (
+        Field("PLAINTEXT", description="how Kafka is spoken to; other than PLAINTEXT in profile cluster only")
+    )
+    tls: TlsSettings = TlsSettings()
+    sasl: SaslSettings = SaslSettings()
     port: Port = Field(0, description="port of the local Kafka; 0 chooses a free one and keeps it")
     heap_mb: int = Field(512, ge=256, le=65_536, description="heap of the local Kafka, in MiB")
     command_partitions: int = Field(4, ge=1, le=1024, description="partitions of each command topic")
     replication: int = Field(1, ge=1, le=9, description="replicas of each topic; more than 1 needs profile cluster")
+    min_insync_replicas: int = Field(
+        1, ge=1, le=9, description="replicas that must have a message before it counts as stored"
+    )
     max_command_bytes: int = Field(
         MEBIBYTE, ge=1024, le=64 * MEBIBYTE, description="largest command value; a larger one is dead-lettered"
     )
@@ -83,15 +208,41 @@ class StorageSettings(_Group):
     url: str = Field(
         "",
         description="the storage; empty means SQLite files in the data directory",
+        repr=False,  # may hold a password
         json_schema_extra={"secret": True},
     )
 
+    @field_serializer("url")
+    def _url_carried(self, url: str, info: SerializationInfo) -> str:
+        return url if _reveals(info) else without_secrets(url)
+
 
 class CassandraSettings(_Group):
-    """The Cassandra that profile stack starts; one of your own is named by `storage.url`."""
+    """The Cassandra that profile stack starts (port, heap), or your own: what `storage.url` says goes before these."""
 
     port: Port = Field(0, description="port of the local Cassandra; 0 chooses a free one and keeps it")
     heap_mb: int = Field(1024, ge=512, le=65_536, description="heap of the local Cassandra, in MiB")
+    contact_points: Listed = Field((), description="host[:port],… of some nodes, in place of storage.url")
+    data_center: str = Field("", description="whose nodes are asked; that of the first contact point if unset")
+    username: str = Field("", description="our name; none for a cluster that lets everybody in")
+    password: Secret = Field(NO_SECRET, description="our password")
+    password_file: File = Field(None, description="file of our password")
+    encrypted: bool = Field(False, description="whether connections use TLS")
+    tls: TlsSettings = TlsSettings()
+    replication: dict[str, Annotated[int, Field(ge=1, le=9)]] = Field(
+        default_factory=dict, description="copies in each data centre of the keyspaces that we make, as {dc1: 3}"
+    )
+
+
+class RaySettings(_Group):
+    """The cluster that actors live on."""
+
+    address: str = Field(
+        "", description="host:port of your own Ray cluster, or auto on one of its nodes; empty starts one here"
+    )
+    token: Secret = Field(NO_SECRET, description="what everything that talks to Ray must present; empty for none")
+    token_file: File = Field(None, description="file of that token")
+    dashboard: bool = Field(True, description="whether a Ray that is started here has its dashboard")
 
 
 # On two cores every further actor costs more than it brings: messages become more and smaller (measure with
@@ -153,14 +304,35 @@ class RecoverySettings(_Group):
     sweep_interval_ms: int = Field(5_000, ge=100, le=600_000, description="pause between two looks for abandoned ones")
 
 
+Mode = Literal["development", "production"]
+Insecurity = Literal[
+    "kafka_plaintext",
+    "kafka_anonymous",
+    "kafka_replication",
+    "kafka_min_insync",
+    "cassandra_plaintext",
+    "cassandra_anonymous",
+    "storage_replication",
+    "periodic_commitlog",
+    "open_ray",
+]
+"""What mode production refuses, by the name under which `allow_insecure` lets it pass; see `_PRODUCTION_RULES`."""
+
+
 class Settings(_Group):
-    """All settings. Made by `load_settings`; `model_dump_json` and `model_validate_json` carry it between processes."""
+    """All settings. Made by `load_settings`; `model_dump_json(context=WITH_SECRETS)` and `model_validate_json` carry
+    it between processes."""
 
     data_dir: Path = Field(Path(".concord"), description="directory of everything that the system keeps")
     profile: Literal["local", "stack", "cluster"] = Field("local", description="which servers the system runs on")
+    mode: Mode = Field("development", description="production refuses what is open, in plain text or kept once")
+    allow_insecure: Annotated[tuple[Insecurity, ...], NoDecode, BeforeValidator(_listed)] = Field(
+        (), description="what mode production lets pass all the same, by name"
+    )
     kafka: KafkaSettings = KafkaSettings()
     storage: StorageSettings = StorageSettings()
     cassandra: CassandraSettings = CassandraSettings()
+    ray: RaySettings = RaySettings()
     actors: ActorSettings = ActorSettings()
     retry: RetrySettings = RetrySettings()
     batch: BatchSettings = BatchSettings()
@@ -169,6 +341,7 @@ class Settings(_Group):
     watchdog_seconds: int = Field(
         60, ge=5, le=3600, description="a worker whose loop makes no attempt for so long ends and is restarted"
     )
+    http_host: str = Field("127.0.0.1", description="address that metrics and health listen on; 0.0.0.0 in a container")
     http_port: Port = Field(8180, description="port of metrics and health; 0 chooses a free one")
     dashboard_port: Port = Field(8265, description="port of the Ray dashboard; 0 chooses a free one")
     workers: int = Field(1, ge=1, le=256, description="stream worker processes")
@@ -178,19 +351,25 @@ class Settings(_Group):
 
     @property
     def storage_url(self) -> str:
-        """The storage's address, with the default filled in.
+        """The storage's address, with the default filled in. May hold a password: show `without_secrets` of it.
 
         Of profile stack without a port that was chosen beforehand it is one where nobody answers, until `located`.
         """
         if self.storage.url:
             return self.storage.url
+        if self.cassandra.contact_points:
+            return f"cassandra://{','.join(self.cassandra.contact_points)}/"
         if self.profile == "stack":
             return cassandra_url("127.0.0.1", self.cassandra.port)
         return f"sqlite://{quote(str(self.data_dir.absolute() / 'tables'))}"
 
+    def refuses(self, insecurity: Insecurity) -> bool:
+        """Whether the mode is production and this was not allowed."""
+        return self.mode == "production" and insecurity not in self.allow_insecure
+
     def located(self, *, bootstrap_servers: str, storage_url: str) -> Settings:
         """The same settings with the addresses that the servers turned out to have."""
-        kafka = self.kafka.model_copy(update={"bootstrap_servers": bootstrap_servers})
+        kafka = self.kafka.model_copy(update={"bootstrap_servers": tuple(bootstrap_servers.split(","))})
         storage = self.storage.model_copy(update={"url": storage_url})
         return self.model_copy(update={"kafka": kafka, "storage": storage})
 
@@ -279,13 +458,85 @@ _RULES: tuple[_Rule, ...] = (
         lambda s: "profile cluster uses your own Kafka. Name it as host:port",
     ),
     _Rule(
-        lambda s: s.profile != "cluster" or bool(s.storage.url),
+        lambda s: s.profile != "cluster" or bool(s.storage.url or s.cassandra.contact_points),
         ("storage.url", "profile"),
-        lambda s: "profile cluster uses your own storage. Name it",
+        lambda s: "profile cluster uses your own storage. Name it, here or as cassandra.contact_points",
     ),
     _Rule(
-        lambda s: s.profile != "stack" or not s.storage.url,
-        ("storage.url", "profile"),
+        lambda s: not (s.storage.url and s.cassandra.contact_points),
+        ("storage.url", "cassandra.contact_points"),
+        lambda s: "both say where the records are. Set one of them",
+    ),
+    _Rule(
+        lambda s: s.profile == "cluster" or s.kafka.security_protocol == "PLAINTEXT",
+        ("kafka.security_protocol", "profile"),
+        lambda s: f"profile {s.profile} starts a Kafka of its own, for this machine alone. Use profile cluster",
+    ),
+    _Rule(
+        lambda s: s.profile == "cluster" or not s.ray.address,
+        ("ray.address", "profile"),
+        lambda s: f"profile {s.profile} starts a Ray of its own. Leave the address unset, or use profile cluster",
+    ),
+    _Rule(
+        lambda s: _uses_tls(s) or not s.kafka.tls.is_set,
+        ("kafka.tls", "kafka.security_protocol"),
+        lambda s: f"protocol {s.kafka.security_protocol} has no TLS. Use SSL or SASL_SSL, or leave kafka.tls unset",
+    ),
+    _Rule(
+        lambda s: _uses_sasl(s) or not s.kafka.sasl.is_set,
+        ("kafka.sasl", "kafka.security_protocol"),
+        lambda s: (
+            f"protocol {s.kafka.security_protocol} asks for no credentials. "
+            "Use SASL_SSL or SASL_PLAINTEXT, or leave kafka.sasl unset"
+        ),
+    ),
+    _Rule(
+        lambda s: not _uses_sasl(s) or s.kafka.sasl.mechanism == "OAUTHBEARER" or _has_password(s),
+        ("kafka.sasl.username", "kafka.sasl.password_file"),
+        lambda s: (
+            f"{s.kafka.sasl.mechanism} needs a name and a password. Set both; "
+            "the password as kafka.sasl.password or in a file"
+        ),
+    ),
+    _Rule(
+        lambda s: not _uses_sasl(s) or s.kafka.sasl.mechanism != "OAUTHBEARER" or _has_client(s),
+        ("kafka.sasl.token_endpoint", "kafka.sasl.client_id", "kafka.sasl.client_secret_file"),
+        lambda s: "OAUTHBEARER needs an http or https URL that gives tokens, and a client's name and secret. Set them",
+    ),
+    _Rule(
+        lambda s: s.cassandra.encrypted or not s.cassandra.tls.is_set,
+        ("cassandra.tls", "cassandra.encrypted"),
+        lambda s: "without TLS nothing of cassandra.tls would be used. Set cassandra.encrypted, or leave it unset",
+    ),
+    _Rule(
+        lambda s: bool(s.cassandra.username) == bool(s.cassandra.password_file or s.cassandra.password),
+        ("cassandra.username", "cassandra.password_file"),
+        lambda s: "a name and a password belong together. Set both, or neither",
+    ),
+    _Rule(
+        lambda s: not (s.cassandra.replication and "replication_factor" in _parameters(s)),
+        ("cassandra.replication", "storage.url"),
+        lambda s: "both say how many copies a new keyspace has. Set one of them",
+    ),
+    *(
+        _Rule(
+            lambda s, tls=tls: bool(tls(s).certificate_file) == bool(tls(s).key_file),  # type: ignore[misc]
+            (f"{group}.tls.certificate_file", f"{group}.tls.key_file"),
+            lambda s: "a certificate and its key belong together. Set both, or neither",
+        )
+        for group, tls in (("kafka", lambda s: s.kafka.tls), ("cassandra", lambda s: s.cassandra.tls))
+    ),
+    _Rule(
+        lambda s: s.kafka.min_insync_replicas <= s.kafka.replication,
+        ("kafka.min_insync_replicas", "kafka.replication"),
+        lambda s: (
+            f"{s.kafka.min_insync_replicas} of {s.kafka.replication} replicas cannot have a message, so that none "
+            "would ever count as stored. Use at most as many as there are"
+        ),
+    ),
+    _Rule(
+        lambda s: s.profile != "stack" or not (s.storage.url or s.cassandra.contact_points),
+        ("storage.url", "cassandra.contact_points", "profile"),
         lambda s: "profile stack starts a Cassandra of its own. Leave the address unset, or use profile cluster",
     ),
     _Rule(
@@ -308,9 +559,93 @@ _RULES: tuple[_Rule, ...] = (
 )
 
 
+_PRODUCTION_RULES: Mapping[Insecurity, _Rule] = {
+    "kafka_plaintext": _Rule(
+        lambda s: _uses_tls(s),
+        ("kafka.security_protocol",),
+        lambda s: "whoever is on the network between reads and changes every command. Use SASL_SSL or SSL",
+    ),
+    "kafka_anonymous": _Rule(
+        lambda s: _uses_sasl(s) or s.kafka.tls.certificate_file is not None,
+        ("kafka.security_protocol", "kafka.tls.certificate_file"),
+        lambda s: "Kafka would take commands from anybody. Use SASL_SSL, or a certificate of our own",
+    ),
+    "kafka_replication": _Rule(
+        lambda s: s.kafka.replication >= 3,
+        ("kafka.replication",),
+        lambda s: f"with {s.kafka.replication} replicas one broken disk can lose commands. Use at least 3",
+    ),
+    "kafka_min_insync": _Rule(
+        lambda s: s.kafka.min_insync_replicas >= 2,
+        ("kafka.min_insync_replicas",),
+        lambda s: "a message that one broker has counts as stored, and is lost with it. Use at least 2",
+    ),
+    "cassandra_plaintext": _Rule(
+        lambda s: not _is_cassandra(s) or s.cassandra.encrypted or "ssl_ca" in _parameters(s),
+        ("cassandra.encrypted",),
+        lambda s: "whoever is on the network between reads and changes every record. Set it to true",
+    ),
+    "cassandra_anonymous": _Rule(
+        lambda s: not _is_cassandra(s) or bool(s.cassandra.username) or "username" in _parameters(s),
+        ("cassandra.username", "cassandra.password_file"),
+        lambda s: "a cluster that asks for no credentials (AllowAllAuthenticator) lets anybody in. Set both",
+    ),
+    "storage_replication": _Rule(
+        lambda s: not _keeps_few_copies(s),
+        ("cassandra.replication", "storage.url"),
+        lambda s: 'fewer than 3 copies of a record do not survive two failures. Use Cassandra with {"NAME": 3} or more',
+    ),
+    "open_ray": _Rule(
+        lambda s: bool(s.ray.token_file or s.ray.token),
+        ("ray.token_file",),
+        lambda s: "without a token Ray and its dashboard run the programs of anybody who reaches them. Set it",
+    ),
+}
+"""What mode production refuses before anything starts, unless `allow_insecure` has its name.
+
+`periodic_commitlog` and the authenticator behind `cassandra_anonymous` show only when Cassandra is there: whoever
+connects looks (`infra.storage.cassandra_session`).
+"""
+
+
 def _distinct(*ports: int) -> bool:
     fixed = [port for port in ports if port]
     return len(fixed) == len(set(fixed))
+
+
+def _uses_tls(settings: Settings) -> bool:
+    return settings.kafka.security_protocol in ("SSL", "SASL_SSL")
+
+
+def _uses_sasl(settings: Settings) -> bool:
+    return settings.kafka.security_protocol in ("SASL_PLAINTEXT", "SASL_SSL")
+
+
+def _has_password(settings: Settings) -> bool:
+    sasl = settings.kafka.sasl
+    return bool(sasl.username and (sasl.password_file or sasl.password))
+
+
+def _has_client(settings: Settings) -> bool:
+    sasl = settings.kafka.sasl
+    has_url = sasl.token_endpoint.startswith(("http://", "https://"))
+    return bool(has_url and sasl.client_id and (sasl.client_secret_file or sasl.client_secret))
+
+
+def _is_cassandra(settings: Settings) -> bool:
+    return settings.storage_url.startswith("cassandra:")
+
+
+def _parameters(settings: Settings) -> Mapping[str, str]:
+    return dict(parse_qsl(settings.storage_url.partition("?")[2], keep_blank_values=True))
+
+
+def _keeps_few_copies(settings: Settings) -> bool:
+    """As far as the settings say. What is neither Cassandra nor on this machine keeps its own."""
+    if _is_cassandra(settings):
+        in_url = _parameters(settings).get("replication_factor", "0")
+        return min(settings.cassandra.replication.values(), default=int(in_url) if in_url.isdecimal() else 0) < 3
+    return settings.storage_url.startswith(("sqlite:", "memory:"))
 
 
 class _Sources(Settings, BaseSettings):
@@ -366,14 +701,47 @@ def load_settings(*, environment: Mapping[str, str] | None = None, **options: An
     except ValidationError as error:
         problems += [_sentence(item, origin) for item in error.errors()]
         raise ConfigurationError(problems) from None  # pydantic's text would show values, secret ones too
+    problems += [_broken(rule, settings, origin) for rule in _RULES if not rule.holds(settings)]
     problems += [
-        f"{' and '.join(origin.name(setting) for setting in rule.about)}: {rule.otherwise(settings)}."
-        for rule in _RULES
-        if not rule.holds(settings)
+        f"{_broken(rule, settings, origin)} Mode production refuses that; CONCORD_ALLOW_INSECURE={name} lets it pass."
+        for name, rule in _PRODUCTION_RULES.items()
+        if settings.refuses(name) and not rule.holds(settings)
     ]
+    problems += _unusable_files(settings, origin)
     if problems:
         raise ConfigurationError(problems)
     return settings
+
+
+def _broken(rule: _Rule, settings: Settings, origin: _Origin) -> str:
+    return f"{' and '.join(origin.name(setting) for setting in rule.about)}: {rule.otherwise(settings)}."
+
+
+def _unusable_files(settings: Settings, origin: _Origin) -> Iterator[str]:
+    """Files that settings name and that cannot be read; secrets that are given twice."""
+    for path, group, name in _files(settings, ()):
+        file: Path | None = getattr(group, name)
+        if file is None:
+            continue
+        setting = ".".join((*path, name))
+        secret = name.removesuffix("_file")
+        if getattr(group, secret, None):
+            twin = ".".join((*path, secret))
+            yield f"{origin.name(setting)} and {origin.name(twin)}: the same secret is given twice. Keep one of them."
+        try:
+            with file.open("rb") as opened:
+                opened.read(1)
+        except OSError as error:
+            yield f"{origin.name(setting)}: {file} cannot be read ({error.strerror}). Name one that this user can read."
+
+
+def _files(group: BaseModel, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], BaseModel, str]]:
+    for name in type(group).model_fields:
+        value = getattr(group, name)
+        if isinstance(value, BaseModel):
+            yield from _files(value, (*path, name))
+        elif name.endswith("_file"):
+            yield path, group, name
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,14 +766,21 @@ def _describe(group: BaseModel, path: tuple[str, ...]) -> Iterator[SettingLine]:
         if isinstance(value, BaseModel):
             yield from _describe(value, (*path, name))
             continue
-        secret = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("secret") and value
+        declared_secret = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("secret")
+        secret = (declared_secret or isinstance(value, SecretStr)) and value
         yield SettingLine(
             name=".".join((*path, name)),
             variable=_variable((*path, name)),
-            value="(set)" if secret else str(value),
-            default=str(field.get_default(call_default_factory=True)),
+            value="(set)" if secret else _shown(value),
+            default=_shown(field.get_default(call_default_factory=True)),
             description=field.description or "",
         )
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 # Where a value came from.
@@ -527,7 +902,7 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 def _sentence(item: Any, origin: _Origin) -> str:
     """One of pydantic's errors for people; never shows the value, which may be a secret."""
-    path = tuple(str(part) for part in item["loc"])
+    path = tuple(part for part in item["loc"] if isinstance(part, str))  # without the places in a list
     name = origin.name(".".join(path))
     context = item.get("ctx", {})
     match item["type"]:
