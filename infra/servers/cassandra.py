@@ -155,21 +155,21 @@ class LocalCassandra(LocalNode):
             re.compile(r"Please remove properties (\[.*?\]) from your cassandra\.yaml"),
             ServerDiedError,
             "Cassandra has no settings named {0}.",
-            "Remove them from `settings`, or correct their names: those of Cassandra 5.0's cassandra.yaml.",
+            "Remove them from `{setting}`, or correct their names: those of Cassandra 5.0's cassandra.yaml.",
             "settings",
         ),
         Cause(
             re.compile(r"Cannot create property=(\w+).*(?:IllegalArgument|YAML)Exception: ([^\n]+)", re.DOTALL),
             ServerDiedError,
             "Cassandra refuses its setting {0}: {1}.",
-            "Correct it in `settings`; values are those of Cassandra 5.0's cassandra.yaml.",
+            "Correct it in `{setting}`; values are those of Cassandra 5.0's cassandra.yaml.",
             "settings",
         ),
         Cause(
             re.compile(r"ConfigurationException: ([^\n]+)"),
             ServerDiedError,
             "Cassandra refuses its settings: {0}.",
-            "Correct `settings`; values are those of Cassandra 5.0's cassandra.yaml.",
+            "Correct `{setting}`; values are those of Cassandra 5.0's cassandra.yaml.",
             "settings",
         ),
     )
@@ -189,6 +189,7 @@ class LocalCassandra(LocalNode):
         lock_wait_s: float = 5.0,
         progress: Progress | None = None,
         environment: Mapping[str, str] | None = None,
+        setting_names: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(
             directory,
@@ -200,6 +201,7 @@ class LocalCassandra(LocalNode):
             lock_wait_s=lock_wait_s,
             progress=progress,
             environment=environment,
+            setting_names=setting_names,
         )
         self._commitlog_sync: CommitLogSync = commitlog_sync
         self._settings = dict(settings or {})

@@ -58,10 +58,12 @@ class LocalDynamoDb(LocalNode):
             re.compile(r"Could not start server on port (\d+)"),
             PortTakenError,
             "{server} could not listen on port {0}: another process took it.",
-            "Choose a free port, or none to have one chosen.",
+            "Set {setting} to a free port, or leave it unset to have one chosen.",
             "port",
         ),
     )
+
+    stop_grace_s: ClassVar[float] = 5.0
 
     def __init__(
         self,
@@ -92,6 +94,10 @@ class LocalDynamoDb(LocalNode):
         )
 
     @property
+    def address(self) -> str:
+        return self.endpoint_url
+
+    @property
     def endpoint_url(self) -> str:
         """`http://127.0.0.1:PORT` for clients, from `start` on."""
         return f"http://{LOOPBACK}:{self.port}"
@@ -100,7 +106,7 @@ class LocalDynamoDb(LocalNode):
     def log_path(self) -> Path:
         return self._directory / "console.log"
 
-    async def stop(self, *, grace_s: float = 5.0) -> None:
+    async def stop(self, *, grace_s: float | None = None) -> None:
         """Stop cleanly (SIGTERM), after `grace_s` seconds by SIGKILL. Tables in memory are gone then."""
         await super().stop(grace_s=grace_s)
         if self._temporary is not None:

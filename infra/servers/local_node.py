@@ -7,7 +7,7 @@ A node owns one directory and one JVM. Its directory holds, whatever the server:
     .lock               held by the starting process and by the JVM, so that it stays held as long as either lives
     jvm_crash.log       where the JVM leaves its last words, if it ever has any
 
-    start:  directory ── lock ── Java and archives ── ports ── configuration ── spawn ── ready
+    start:  directory ── lock ── Java and archives ── ports ── configuration ── preparation ── spawn ── ready
     end:    stop (SIGTERM, then SIGKILL) or kill; the JVM also dies with the process that started it (`processes`)
 
 A server adds its configuration, its command line and the question that tells whether it serves. This module knows
@@ -52,14 +52,16 @@ _PORT_ATTEMPTS = 3
 
 _READY_TIMEOUT_S = 180.0  # a machine with many other things to do takes ten times as long as an idle one
 _PROBE_INTERVAL_S = 0.05
-_STOP_GRACE_S = 10.0
 _QUOTED_LINES = 6
 _SECRET_VARIABLE = re.compile("PASSWORD|SECRET|TOKEN|CREDENTIAL", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """A line in the log that says why a server ended, and what to tell the user. `{0}` is the pattern's first group."""
+    """A line in the log that says why a server ended, and what to tell the user. `{0}` is the pattern's first group.
+
+    `setting` is a parameter of the server's; in the texts, `{setting}` is what the user knows it by.
+    """
 
     pattern: re.Pattern[str]
     error: type[ServerError]
@@ -73,21 +75,21 @@ _COMMON_CAUSES: Sequence[Cause] = (
         re.compile("Address already in use|BindException"),
         PortTakenError,
         "{server} could not listen on its port: another process took it.",
-        "Choose a free port, or none to have one chosen.",
+        "Set {setting} to a free port, or leave it unset to have one chosen.",
         "port",
     ),
     Cause(
         re.compile("No space left on device|Disk quota exceeded|Insufficient disk space"),
         DirectoryError,
         "{server} could not write its data: the disk is full.",
-        "Make room, or choose another directory.",
+        "Make room, or choose another directory with {setting}.",
         "directory",
     ),
     Cause(
         re.compile("Permission denied|AccessDeniedException|Read-only file system"),
         DirectoryError,
         "{server} could not write its data: permission denied.",
-        "Make the directory writable, or choose another one.",
+        "Make the directory writable, or choose another with {setting}.",
         "directory",
     ),
     Cause(
@@ -96,7 +98,7 @@ _COMMON_CAUSES: Sequence[Cause] = (
         ),
         ServerDiedError,
         "{server} ran out of memory.",
-        "Free memory, or change its heap (heap_mb).",
+        "Free memory, or change its heap with {setting}.",
         "heap_mb",
     ),
 )
@@ -105,9 +107,10 @@ _COMMON_CAUSES: Sequence[Cause] = (
 class LocalNode(ABC):
     """One server of our own, in a directory of its own. Start it from the main thread (see `processes`).
 
-    `directory` is made if absent. `ports` are the wanted ones by purpose; those that are 0 are chosen freely and
-    remembered. `min_free_mb` is the room that the disk must have at the start; `lock_wait_s` is how long a predecessor
-    whose parent was killed gets to die.
+    `directory` is made if absent. `ports` are the wanted ones by purpose, that for clients first; those that are 0 are
+    chosen freely and remembered. `min_free_mb` is the room that the disk must have at the start; `lock_wait_s` is how
+    long a predecessor whose parent was killed gets to die. `setting_names` says what the user knows `directory`,
+    `heap_mb` and the ports by, for messages; what is not named there goes by its own name.
     """
 
     server: ClassVar[str]
@@ -122,6 +125,9 @@ class LocalNode(ABC):
     causes: ClassVar[Sequence[Cause]] = ()
     """What this server says when it ends for a reason of its own."""
 
+    stop_grace_s: ClassVar[float] = 10.0
+    """How long it gets to stop by itself."""
+
     def __init__(
         self,
         directory: Path,
@@ -134,6 +140,7 @@ class LocalNode(ABC):
         lock_wait_s: float = 5.0,
         progress: Progress | None = None,
         environment: Mapping[str, str] | None = None,
+        setting_names: Mapping[str, str] | None = None,
     ) -> None:
         self._directory = directory.absolute()
         self._wanted_ports = dict(ports)
@@ -144,6 +151,7 @@ class LocalNode(ABC):
         self._lock_wait_s = lock_wait_s
         self._progress = progress
         self._environment = environment
+        self._setting_names = dict(setting_names or {})
         self._ports: Mapping[str, int] | None = None
         self._process: ChildProcess | None = None
         self._killed = False
@@ -156,10 +164,19 @@ class LocalNode(ABC):
 
     @property
     def port(self) -> int:
-        """The port for clients, from `start` on. The first of the ports."""
+        """The port for clients, from `start` or `choose_ports` on. The first of the ports."""
         if self._ports is None:
             raise RuntimeError(f"{self.server} has not been started")
         return next(iter(self._ports.values()))
+
+    @property
+    def address(self) -> str:
+        """Where clients find it, from `start` or `choose_ports` on."""
+        return f"{self._host}:{self.port}"
+
+    @property
+    def heap_mb(self) -> int:
+        return self._heap_mb
 
     @property
     def pid(self) -> int | None:
@@ -183,20 +200,30 @@ class LocalNode(ABC):
     def _command(self, archives: Sequence[Path], ports: Mapping[str, int]) -> Sequence[str]:
         """What follows `java`: options, class path, main class and its arguments."""
 
+    def _prepare(self, java: JavaRuntime, archives: Sequence[Path]) -> None:  # noqa: B027 - most have nothing to do
+        """Whatever must be done before the server can run in this directory; in a thread, and before every start."""
+
     @abstractmethod
     async def _serves(self) -> bool:
         """Ask the server whether it serves. True only if it is this one that answers; no answer is False."""
 
     # Starting, watching, ending.
 
-    async def start(self) -> None:
-        """Start the server and wait until it serves; nothing happens when it runs already.
+    def choose_ports(self) -> None:
+        """Choose the ports that `start` will take if they are still free then, so that others can be told before.
+
+        Raises PortTakenError.
+        """
+        self._ports = self._choose_ports(_read_ports(self._directory / "ports.json"))
+
+    async def start(self) -> str:
+        """Start the server and wait until it serves; its address. Nothing happens when it runs already.
 
         The first start downloads the Java archives; a later one continues with the data that are there.
         Raises a ServerError, and then nothing runs and nothing is locked.
         """
         if self.pid is not None:
-            return
+            return self.address
         await self._end()  # what is left of a run that was killed or ended by itself
         await asyncio.to_thread(self._check_directory)
         await self._take_lock()
@@ -210,6 +237,7 @@ class LocalNode(ABC):
         except BaseException:
             await self._end()
             raise
+        return self.address
 
     async def wait_ready(self, timeout_s: float = _READY_TIMEOUT_S) -> None:
         """Wait until the server answers; `start` has done so already. Useful after `resume`.
@@ -240,11 +268,11 @@ class LocalNode(ABC):
         assert self._process is not None
         return await self._process.wait()
 
-    async def stop(self, *, grace_s: float = _STOP_GRACE_S) -> None:
+    async def stop(self, *, grace_s: float | None = None) -> None:
         """Stop cleanly (SIGTERM), after `grace_s` seconds by SIGKILL. Stopping twice is harmless."""
         if self._process is not None:
             self.resume()  # a paused process would not notice the signal
-            await self._process.stop(grace_s=grace_s)
+            await self._process.stop(grace_s=self.stop_grace_s if grace_s is None else grace_s)
         self._release_lock()
 
     def kill(self) -> None:
@@ -277,8 +305,8 @@ class LocalNode(ABC):
         if free_mb < self._min_free_mb:
             raise DirectoryError(
                 f"{self.server}'s directory {self._directory} has {free_mb} MB left and needs {self._min_free_mb} MB.",
-                remedy="Make room, or choose another directory.",
-                setting="directory",
+                remedy=f"Make room, or choose another directory with {self._named('directory')}.",
+                setting=self._named("directory"),
             )
 
     async def _take_lock(self) -> None:
@@ -300,8 +328,9 @@ class LocalNode(ABC):
 
     async def _start_on_free_ports(self, java: JavaRuntime, archives: Sequence[Path]) -> None:
         for attempt in range(1, _PORT_ATTEMPTS + 1):
-            self._ports = self._choose_ports(_read_ports(self._directory / "ports.json"))
+            self._ports = self._choose_ports(self._ports or _read_ports(self._directory / "ports.json"))
             self._configure(self._ports)
+            await asyncio.to_thread(self._prepare, java, archives)
             self._spawn(java, archives, self._ports)
             try:
                 await self.wait_ready()
@@ -312,6 +341,7 @@ class LocalNode(ABC):
                 self.kill()
                 await self.wait()
                 (self._directory / "ports.json").unlink(missing_ok=True)
+                self._ports = None
                 continue
             self._write("ports.json", json.dumps(self._ports))
             return
@@ -320,10 +350,11 @@ class LocalNode(ABC):
         """The wanted ports; where none is wanted, the one of the last run if it is free, else any free one."""
         for purpose, port in self._wanted_ports.items():
             if port and not _is_free(self._host, port):
+                name = self._named(purpose)
                 raise PortTakenError(
-                    f"{self.server} cannot listen on port {port} ({purpose}): another process does.",
-                    remedy=f"Stop that process, choose a free {purpose}, or none to have one chosen.",
-                    setting=purpose,
+                    f"{self.server} cannot listen on port {port} ({name}): another process does.",
+                    remedy=f"Stop that process, set {name} to a free port, or leave it unset to have one chosen.",
+                    setting=name,
                 )
         chosen = dict(self._wanted_ports)
         for purpose in chosen:
@@ -337,8 +368,8 @@ class LocalNode(ABC):
                 return port
         raise PortTakenError(
             f"No free port was found for {self.server} between {_PORT_RANGE.start} and {_PORT_RANGE.stop}.",
-            remedy="Choose a free port.",
-            setting="port",
+            remedy=f"Set {self._named('port')} to a free port.",
+            setting=self._named("port"),
         )
 
     def _spawn(self, java: JavaRuntime, archives: Sequence[Path], ports: Mapping[str, int]) -> None:
@@ -388,8 +419,8 @@ class LocalNode(ABC):
     def _not_writable(self, error: OSError) -> DirectoryError:
         return DirectoryError(
             f"{self.server}'s directory {self._directory} cannot be written: {error.strerror or error}.",
-            remedy="Make room or permission there, or choose another directory.",
-            setting="directory",
+            remedy=f"Make room or permission there, or choose another directory with {self._named('directory')}.",
+            setting=self._named("directory"),
         )
 
     def _already_running(self, holder: str) -> AlreadyRunningError:
@@ -398,9 +429,13 @@ class LocalNode(ABC):
             + (f" (process {holder})." if holder else " (another process is starting it)."),
             remedy="Stop it first"
             + (f", or end the process with `kill {holder}`" if holder else "")
-            + "; or choose another directory.",
-            setting="directory",
+            + f"; or choose another directory with {self._named('directory')}.",
+            setting=self._named("directory"),
         )
+
+    def _named(self, parameter: str) -> str:
+        """What the user knows a parameter by."""
+        return self._setting_names.get(parameter, parameter)
 
     def _died(self, message: str) -> ServerError:
         """What this run left in its logs, as an error."""
@@ -418,8 +453,9 @@ class LocalNode(ABC):
         text = "\n".join(lines)
         for cause in (*self.causes, *_COMMON_CAUSES):
             if found := cause.pattern.search(text):
+                setting = self._named(cause.setting)
                 said = cause.message.format(*found.groups(), server=self.server)
-                return cause.error(said, remedy=cause.remedy, setting=cause.setting)
+                return cause.error(said, remedy=cause.remedy.format(setting=setting), setting=setting)
         telling = [line for line in lines if re.search("ERROR|FATAL|Exception|Error:", line)] or list(lines)
         quoted = "".join(f"\n    {line[:300]}" for line in telling[-_QUOTED_LINES:])
         return ServerDiedError(

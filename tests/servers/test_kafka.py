@@ -132,16 +132,43 @@ async def test_a_port_that_is_taken_is_named_with_its_setting(tmp_path: Path) ->
     assert not (tmp_path / "data" / "meta.properties").exists(), "nothing was begun"
 
 
-def test_a_remembered_port_is_left_when_somebody_else_has_it() -> None:
+def test_a_remembered_port_is_left_when_somebody_else_has_it(tmp_path: Path) -> None:
+    node = LocalKafka(tmp_path)
     with socket.create_server((kafka_module.HOST, 0)) as other:
         taken = other.getsockname()[1]
-        none = kafka_module._Ports(0, 0)
 
-        ports = kafka_module._choose_ports(none, kafka_module._Ports(taken, 0))
+        ports = node._choose_ports({"broker": taken, "controller": 0})
 
-    assert ports.broker != taken
-    assert ports.controller not in (0, ports.broker)
-    assert kafka_module._choose_ports(none, ports) == ports
+    assert ports["broker"] != taken
+    assert ports["controller"] not in (0, ports["broker"])
+    assert node._choose_ports(ports) == ports
+
+
+def test_ports_that_were_chosen_beforehand_are_known_before_the_start(tmp_path: Path) -> None:
+    node = LocalKafka(tmp_path)
+    with pytest.raises(RuntimeError):
+        _ = node.address
+
+    node.choose_ports()
+
+    assert node.address == f"{kafka_module.HOST}:{node.port}"
+
+
+def test_further_listeners_and_properties_are_laid_over_the_defaults(tmp_path: Path) -> None:
+    node = LocalKafka(
+        tmp_path,
+        extra_listeners={"LOGIN": "SASL_PLAINTEXT"},
+        extra_properties={"flush.messages": "1", "log.dirs": "/elsewhere"},
+    )
+    node.choose_ports()
+
+    node._configure(node._ports or {})
+
+    written = kafka_module._read_properties(tmp_path / "server.properties")
+    assert written["listener.security.protocol.map"] == "BROKER:PLAINTEXT,CONTROLLER:PLAINTEXT,LOGIN:SASL_PLAINTEXT"
+    assert written["advertised.listeners"] == f"BROKER://{node.address},LOGIN://{node.address_of('LOGIN')}"
+    assert written["listeners"].startswith(written["advertised.listeners"] + ",CONTROLLER://")
+    assert (written["flush.messages"], written["log.dirs"]) == ("1", "/elsewhere")
 
 
 async def test_a_directory_that_cannot_be_written_is_named_with_its_option(tmp_path: Path) -> None:
@@ -163,7 +190,7 @@ async def test_a_failed_start_gives_the_directory_back(tmp_path: Path) -> None:
     """A heap that no JVM accepts: it ends at once, and a second attempt fails for the same reason, not for the lock."""
     for _ in range(2):
         node = LocalKafka(tmp_path, heap_mb=1, lock_wait_s=0)
-        with pytest.raises(ServerDiedError, match="Kafka ended with exit code 1 while it started"):
+        with pytest.raises(ServerDiedError, match=r"Kafka ran out of memory\..*CONCORD_KAFKA__HEAP_MB"):
             await node.start()
         assert node.pid is None
 
@@ -178,15 +205,17 @@ async def test_a_failed_start_gives_the_directory_back(tmp_path: Path) -> None:
         ("Error: Could not reserve enough space for 67108864KB object heap", ServerDiedError, "CONCORD_KAFKA__HEAP_MB"),
     ],
 )  # fmt: skip
-def test_known_ends_of_kafka_name_the_setting_and_the_remedy(line: str, error: type[ServerError], setting: str) -> None:
-    explained = kafka_module._explain("Kafka ended.", ["INFO starting", line, "INFO shut down"])
+def test_known_ends_of_kafka_name_the_setting_and_the_remedy(
+    tmp_path: Path, line: str, error: type[ServerError], setting: str
+) -> None:
+    explained = LocalKafka(tmp_path)._explain("Kafka ended.", ["INFO starting", line, "INFO shut down"])
 
     assert type(explained) is error
     assert explained.setting == setting
     assert setting in explained.remedy
 
 
-def test_an_unknown_end_quotes_the_telling_lines_and_names_the_log() -> None:
+def test_an_unknown_end_quotes_the_telling_lines_and_names_the_log(tmp_path: Path) -> None:
     lines = [
         "INFO one",
         "ERROR Exiting Kafka due to fatal exception",
@@ -194,12 +223,12 @@ def test_an_unknown_end_quotes_the_telling_lines_and_names_the_log() -> None:
         "INFO two",
     ]
 
-    explained = kafka_module._explain("Kafka ended.", lines, log_path=Path("/dir/server.log"))
+    explained = LocalKafka(tmp_path)._explain("Kafka ended.", lines)
 
     assert type(explained) is ServerDiedError
     assert "ERROR Exiting Kafka due to fatal exception\n    java.lang.IllegalStateException: odd" in str(explained)
     assert "INFO" not in str(explained)
-    assert str(explained).endswith("/dir/server.log.")
+    assert str(explained).endswith(f"{tmp_path}/server.log.")
 
 
 def test_values_of_property_files_survive_every_character() -> None:
