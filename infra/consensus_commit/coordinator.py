@@ -112,10 +112,13 @@ class CoordinatorStates:
         self._known: OrderedDict[str, StateRow] = OrderedDict()
 
     async def create_tables(self) -> None:
-        """Create the state table if it is absent. One that ScalarDB made, with more columns, is left as it is."""
+        """Create the state table if it is absent. One that ScalarDB made, with more columns, is left as it is.
+
+        Raises InvalidOperationError if a table of that name has other columns than ScalarDB would give it.
+        """
         await self._adopt()
-        if not self._is_adopted:
-            await self._storage.create_table(self.table)
+        await self._storage.create_table(self.table)
+        self._is_adopted = True
 
     def known(self, tx_id: str) -> StateRow | None:
         """What this process saw decided about `tx_id` lately, without asking. A decision never changes."""
@@ -152,7 +155,10 @@ class CoordinatorStates:
         )
 
     async def _adopt(self) -> None:
-        """Take the state table for what it is. Asked once, unless there is none yet."""
+        """Take the state table for what it is. Asked until there is one, and then never again.
+
+        One with columns that are not known is left for storage to refuse, at every use.
+        """
         if self._is_adopted:
             return
         for table in await self._storage.tables():
@@ -160,7 +166,7 @@ class CoordinatorStates:
                 more = {name: kind for name, kind in table.columns.items() if name not in self.table.columns}
                 if more.items() <= OPTIONAL_COLUMNS.items():
                     self.table = replace(self.table, columns={**self.table.columns, **more})
-                    self._is_adopted = True
+                self._is_adopted = True
 
     def _remember(self, decided: StateRow) -> StateRow:
         self._known[decided.tx_id] = decided
