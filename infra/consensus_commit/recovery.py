@@ -53,6 +53,11 @@ TRANSACTION_LIFETIME_MS = 15_000
 ROLLED_FORWARD = "rolled_forward"
 ROLLED_BACK = "rolled_back"
 
+RECOVERIES_AT_ONCE = 64
+"""Background recoveries under way at which reads under READ_COMMITTED start no more. They want their answers, not the
+recoveries, and a scan may meet thousands of records in doubt: without a bound each would be a task, and its calls to
+storage would stand in the way of everybody else's. Whoever reads next, or the sweeper, takes up the rest."""
+
 _PASSES = 5
 _OBSERVED_AT_MOST = 10_000
 
@@ -127,11 +132,12 @@ class RecoveryHandler:
         """The record that was last seen committed behind a stored row, without asking what was decided since.
 
         What READ_COMMITTED wants: a transaction that is under way, or that another process has committed but not
-        settled yet, is not seen. `recover` has the record brought to rest in the background.
+        settled yet, is not seen. `recover` has the record brought to rest in the background, unless there is enough
+        to do already (RECOVERIES_AT_ONCE).
         """
         if stored_row is None or is_committed(stored_row):
             return stored_row
-        if recover:
+        if recover and len(self._tasks) < RECOVERIES_AT_ONCE:
             self.recover_later([(table, key)])
         layout = layout_of(table)
         known = self._states.known(cast(str, stored_row[TX_ID]))

@@ -6,11 +6,13 @@ import asyncio
 
 import pytest
 from faults import Matcher, following, gets_of, reads_of, writes_to
-from protocol_world import ABORTED, ACCOUNT, COMMITTED, World, key, row
+from protocol_world import ABORTED, ACCOUNT, COMMITTED, World, key, row, whole
 from readers import BY_GET, Reader, each_read
 
 from infra.consensus_commit.errors import CrudConflictError, PreparationConflictError, UncommittedRecordError
 from infra.consensus_commit.metadata import BEFORE, transactional
+from infra.consensus_commit.participant import ParticipantTransaction
+from infra.consensus_commit.recovery import RECOVERIES_AT_ONCE
 from infra.consensus_commit.states import Isolation, TransactionState
 from infra.storage.operations import Delete, IfNotExists, Key, Put, TableSchema
 
@@ -336,6 +338,27 @@ async def test_scenario_19_read_committed_has_the_record_recovered_in_the_backgr
     await world.settled()
     assert await world.in_doubt() == 0
     assert await read(world.begin(Isolation.READ_COMMITTED)) == row(1, balance)
+
+
+async def test_a_scan_under_read_committed_starts_so_many_recoveries_and_leaves_the_rest_to_the_next(
+    world: World,
+) -> None:
+    records = range(1, RECOVERIES_AT_ONCE + 11)
+    await world.given(dict.fromkeys(records, 10))
+
+    async def touch_all(dead: ParticipantTransaction) -> None:
+        for number in records:
+            await dead.update(ACCOUNT, key(number), {"balance": 99})
+
+    await world.orphan(touch_all, COMMITTED)
+
+    assert len(await world.begin(Isolation.READ_COMMITTED).scan(whole())) == len(records)
+    await world.settled()
+    assert await world.in_doubt() == 10
+
+    await world.begin(Isolation.READ_COMMITTED).scan(whole())
+    await world.settled()
+    assert await world.in_doubt() == 0
 
 
 @each_read
