@@ -216,6 +216,7 @@ _CLOUD_EVENT: Json = {
         "Ends in /<Type>/<version>; version 1 if absent.", pattern=r"(^|/)[A-Za-z][A-Za-z0-9_]*/[1-9][0-9]{0,8}$"
     ),
     "traceparent": _text_header("W3C Trace Context; dropped if malformed."),
+    "tracestate": _text_header("W3C Trace Context; handed on with the traceparent, dropped if malformed."),
     "content-type": {"const": CONTENT_TYPE},
 }
 _REQUIRED = ["ce_specversion", "ce_id", "ce_type", "ce_source"]

@@ -21,7 +21,7 @@ import hashlib
 import re
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ from schemas.message import Command, Event, Message
 from schemas.outcome import Answer, EmittedEvent, iso_time
 from schemas.registry import Registry, UnknownTypeError, UnknownVersionError, default_registry
 from schemas.topics import commands_topic, events_topic, results_topic
+from schemas.trace_context import TRACESTATE, TraceContext, parse_traceparent, trace_context_of
 
 SPEC_VERSION = "1.0"
 CONTENT_TYPE = "application/json"
@@ -56,9 +57,6 @@ _RFC3339 = re.compile(
     r"(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))"
 )
 _DATA_SCHEMA = re.compile(r"(?:.*/)?([A-Za-z][A-Za-z0-9_]*)/([1-9][0-9]{0,8})", re.DOTALL)
-_TRACEPARENT = re.compile(
-    r"(?!ff)([0-9a-f]{2})-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[\x20-\x7e]{0,200})?"
-)
 _JSON_CONTENT = re.compile(r'application/json(?:\s*;\s*charset\s*=\s*"?utf-?8"?)?\s*', re.IGNORECASE)
 _COUNT = re.compile(r"0|[1-9][0-9]{0,17}")
 
@@ -158,7 +156,7 @@ def encode_headers(envelope: Envelope) -> list[tuple[str, bytes]]:
         headers.append(("ce_time", _format_time(envelope.time_ms)))
     if envelope.record_version is not None:
         headers.append(("ce_recordversion", str(_parse_count(str(envelope.record_version)))))
-    if envelope.traceparent is not None and _parse_traceparent(envelope.traceparent):
+    if envelope.traceparent is not None and parse_traceparent(envelope.traceparent):
         headers.append(("traceparent", envelope.traceparent))
     headers.append(("content-type", CONTENT_TYPE))
     try:
@@ -300,18 +298,10 @@ def _parse_count(text: str) -> int:
     return int(text)
 
 
-def _parse_traceparent(text: str) -> str | None:
-    match = _TRACEPARENT.fullmatch(text)
-    # Version 00 ends after the flags; later versions may say more.
-    return None if match is None or (match[1] == "00" and match[2] is not None) else text
-
-
 def traceparent_of(headers: Iterable[Header]) -> str | None:
     """The trace that the message with these headers belongs to; None unless there is exactly one valid traceparent."""
-    found = [value for name, value in headers if name == "traceparent"]
-    if len(found) != 1 or found[0] is None:
-        return None
-    return _parse_traceparent(found[0].decode("utf-8", "replace"))
+    context = trace_context_of(headers)
+    return None if context is None else context.traceparent
 
 
 def data_schema_of(model: type[Message]) -> str:
@@ -345,7 +335,10 @@ def _short(text: str, limit: int = 80) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RawMessage:
-    """A Kafka record as it came. `timestamp_ms` is the broker's; `oversize` the length of a value left out for it."""
+    """A Kafka record as it came. `timestamp_ms` is the broker's; `oversize` the length of a value left out for it.
+
+    `trace` is no part of the record: whoever hands a message on names its own span there, and leaves the headers alone.
+    """
 
     topic: str
     partition: int
@@ -355,11 +348,13 @@ class RawMessage:
     headers: tuple[Header, ...]
     value: bytes | None
     oversize: int = 0
+    trace: TraceContext | None = field(default=None, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Pickled between processes by the thousand: a call with eight arguments is the smallest form.
+        # Pickled between processes by the thousand: a call with few arguments is the smallest form.
         arguments = (self.topic, self.partition, self.offset, self.timestamp_ms)
-        return RawMessage, (*arguments, self.key, self.headers, self.value, self.oversize)
+        more = (self.key, self.headers, self.value, self.oversize)
+        return RawMessage, (*arguments, *more) if self.trace is None else (*arguments, *more, self.trace)
 
 
 class DeadLetterReason(StrEnum):
@@ -662,7 +657,7 @@ def build_command_message(
     correlation_id: str | None = None,
     causation_id: str | None = None,
     source: str = CLI_SOURCE,
-    traceparent: str | None = None,
+    trace: TraceContext | None = None,
 ) -> OutgoingMessage:
     """`command` for its domain's topic. Fields left at their defaults are not written.
 
@@ -679,7 +674,7 @@ def build_command_message(
         correlation_id=correlation_id or command_id,
         causation_id=causation_id,
         data_schema=data_schema_of(type(command)),
-        traceparent=traceparent,
+        **_traced(trace),
     )
     return OutgoingMessage(
         topic=commands_topic(command.domain),
@@ -689,10 +684,10 @@ def build_command_message(
     )
 
 
-def build_event_message(event: EmittedEvent, *, answer: Answer, traceparent: str | None = None) -> OutgoingMessage:
+def build_event_message(event: EmittedEvent, *, answer: Answer, trace: TraceContext | None = None) -> OutgoingMessage:
     """`event`, which the command of `answer` emitted, for the topic of the event's own domain.
 
-    The same answer gives the same message, time included, however often it is published.
+    The same answer gives the same message, time included, however often it is published; only the trace may differ.
     """
     envelope = Envelope(
         id=event.id,
@@ -705,7 +700,7 @@ def build_event_message(event: EmittedEvent, *, answer: Answer, traceparent: str
         data_schema=event.data_schema,
         record_version=event.record_version,
         tx_id=answer.tx_id,
-        traceparent=traceparent,
+        **_traced(trace),
     )
     return OutgoingMessage(
         topic=events_topic(event.domain),
@@ -715,7 +710,7 @@ def build_event_message(event: EmittedEvent, *, answer: Answer, traceparent: str
     )
 
 
-def build_result_message(answer: Answer, *, domain: str, traceparent: str | None = None) -> OutgoingMessage:
+def build_result_message(answer: Answer, *, domain: str, trace: TraceContext | None = None) -> OutgoingMessage:
     """`answer` for the results topic of the domain that the command was sent to.
 
     Its own id is made from the command's id and key and the payload, so an answer published twice is dropped by who
@@ -732,7 +727,7 @@ def build_result_message(answer: Answer, *, domain: str, traceparent: str | None
         causation_id=answer.id,
         data_schema=data_schema(domain, ANSWER_TYPE, ANSWER_VERSION),
         tx_id=answer.tx_id,
-        traceparent=traceparent,
+        **_traced(trace),
     )
     return OutgoingMessage(
         topic=results_topic(domain),
@@ -775,6 +770,14 @@ def build_dead_letter(
         value=raw.value if value is None else value,
         headers=(*raw.headers, *added),
     )
+
+
+def _traced(trace: TraceContext | None) -> dict[str, Any]:
+    """The attributes of an envelope that hand a trace on."""
+    if trace is None:
+        return {}
+    state = ((TRACESTATE, trace.tracestate.encode()),) if trace.tracestate else ()
+    return {"traceparent": trace.traceparent, "extra": state}
 
 
 def _time_of(answer: Answer) -> int:

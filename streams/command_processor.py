@@ -32,10 +32,10 @@ from schemas.envelope import (
     build_dead_letter,
     build_event_message,
     build_result_message,
-    traceparent_of,
 )
 from schemas.outcome import DEAD_LETTERED, Answer
 from schemas.topics import commands_topic
+from schemas.trace_context import trace_context_of
 from streams.asking import Patience, ask_until_answered
 from streams.partitions import Partition, Received
 
@@ -51,7 +51,8 @@ class Producer(Protocol):
 
 
 class CommandProcessor:
-    """The work of the command topics. `answered(domain, answer)` is told of each answer once it is published."""
+    """The work of the command topics. `answered(domain, answer, sent_at_ms)` is told of each answer once it is published,
+    with the timestamp of its command."""
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class CommandProcessor:
         consumer_group: str,
         patience: Patience | None = None,
         publish_pause_s: float = 0.5,
-        answered: Callable[[str, Answer], None] = lambda domain, answer: None,
+        answered: Callable[[str, Answer, int], None] = lambda domain, answer, sent_at_ms: None,
     ) -> None:
         self._domain_of: Mapping[str, str] = {commands_topic(domain): domain for domain in domains}
         self._runtime = runtime
@@ -81,8 +82,8 @@ class CommandProcessor:
         answers = await self._execute(domain, batch, tried)
         await reach("worker.after_execute")
         await self._publish(domain, batch, answers, tried)
-        for answer in answers:
-            self._answered(domain, answer)
+        for received, answer in zip(batch, answers, strict=True):
+            self._answered(domain, answer, received.raw.timestamp_ms)
 
     # --- execute ------------------------------------------------------------------------------------------------
 
@@ -113,12 +114,12 @@ class CommandProcessor:
         outgoing: list[OutgoingMessage] = []
         dead = False
         for received, answer in zip(batch, answers, strict=True):
-            traceparent = traceparent_of(received.raw.headers)
-            outgoing += (build_event_message(event, answer=answer, traceparent=traceparent) for event in answer.events)
+            trace = trace_context_of(received.raw.headers)
+            outgoing += (build_event_message(event, answer=answer, trace=trace) for event in answer.events)
             if answer.status == DEAD_LETTERED:
                 dead = True
                 outgoing.append(self._dead_letter(received, answer))
-            outgoing.append(build_result_message(answer, domain=domain, traceparent=traceparent))
+            outgoing.append(build_result_message(answer, domain=domain, trace=trace))
         await reach("worker.before_publish")
         if dead:
             await reach("worker.before_dead_letter")

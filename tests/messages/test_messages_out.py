@@ -29,6 +29,7 @@ from schemas.envelope import (
 from schemas.message import Event
 from schemas.outcome import ID_CONFLICT, Answer, EmittedEvent, unknown_status
 from schemas.registry import Registry
+from schemas.trace_context import TraceContext
 
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
@@ -109,7 +110,7 @@ def test_a_command_may_be_part_of_something_begun_before() -> None:
         correlation_id="root",
         causation_id="c-1",
         source="concord:/domains/inventory",
-        traceparent=TRACEPARENT,
+        trace=TraceContext(TRACEPARENT),
     )
 
     parsed = parse_command(delivered(message), domain="inventory")
@@ -132,7 +133,7 @@ def test_an_id_that_no_consumer_would_take_is_not_sent() -> None:
 
 
 def test_an_event_carries_its_record_its_version_and_what_caused_it() -> None:
-    message = build_event_message(EMITTED, answer=ANSWER, traceparent=TRACEPARENT)
+    message = build_event_message(EMITTED, answer=ANSWER, trace=TraceContext(TRACEPARENT))
 
     assert (message.topic, message.key, message.value) == ("payment.events", b"17850", EMITTED.body.encode())
     assert decode_headers(message.headers) == Envelope(
