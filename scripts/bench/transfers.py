@@ -52,7 +52,7 @@ from infra.servers.cassandra import LocalCassandra
 from infra.storage.cassandra import CassandraStorage
 from infra.storage.operations import DataType, Key, Put, Row, TableSchema
 from scripts.bench.watched import WatchedStorage
-from tests.java_peer.processes import (
+from scripts.java_peer.processes import (
     NO_COMPILER,
     PeerProcess,
     compile_java,

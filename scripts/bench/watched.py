@@ -1,6 +1,6 @@
 """A look at what the engine asks of a storage: statements by phase of the protocol, and a brake at any of them.
 
-The counterpart in Java, for ScalarDB, is `tests/java_peer/java/WatchedCassandra.java`: same phases, same names.
+The counterpart in Java, for ScalarDB, is `scripts/java_peer/java/WatchedCassandra.java`: same phases, same names.
 """
 
 from __future__ import annotations

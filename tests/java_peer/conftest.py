@@ -14,8 +14,7 @@ import pytest_asyncio
 from infra.consensus_commit.manager import TransactionManager
 from infra.servers.cassandra import LocalCassandra
 from infra.storage.cassandra import CassandraStorage
-from tests.java_peer.mixed_tables import account_table, every_type_table, list_table
-from tests.java_peer.processes import (
+from scripts.java_peer.processes import (
     NO_COMPILER,
     PeerProcess,
     compile_java,
@@ -23,6 +22,7 @@ from tests.java_peer.processes import (
     scalardb_settings,
     start_java,
 )
+from tests.java_peer.mixed_tables import account_table, every_type_table, list_table
 
 MIXED = "mixed"
 JAVA_MADE = "java_made"

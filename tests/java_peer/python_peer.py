@@ -1,4 +1,4 @@
-"""The Python counterpart of `java/Peer.java`: steered by the same lines, so that a test can kill it like the other.
+"""The Python counterpart of `scripts/java_peer`: steered by the same lines, so that a test can kill it like the other.
 
     python -m tests.java_peer.python_peer
 
@@ -13,6 +13,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, cast
 
 from infra.clock import SystemClock
@@ -25,8 +26,14 @@ from infra.storage.errors import StorageError
 from infra.storage.gate import PartitionGate
 from infra.storage.operations import Key, Row, TableSchema
 from scripts.bench.watched import WatchedStorage
+from scripts.java_peer.processes import PeerProcess
 from tests.java_peer.mixed_tables import account_table, list_table
 from tests.java_peer.values import key_of, row_from_json
+
+
+async def start_python(*, env: Mapping[str, str] | None = None) -> PeerProcess:
+    """Start this program in a process of its own."""
+    return await PeerProcess.start([sys.executable, "-m", "tests.java_peer.python_peer"], env=env)
 
 
 def say(line: dict[str, Any]) -> None:

@@ -17,9 +17,10 @@ from infra.consensus_commit.manager import TransactionManager
 from infra.consensus_commit.metadata import transactional
 from infra.consensus_commit.states import TransactionState
 from infra.storage.operations import IndexScan, Key, Row, TableSchema, Value
+from scripts.java_peer.processes import PeerError, PeerProcess
 from tests.java_peer.conftest import COORDINATORS, JAVA_MADE, PYTHON_MADE, Cql, Peers
 from tests.java_peer.mixed_tables import every_type_table
-from tests.java_peer.processes import PeerError, PeerProcess, start_python
+from tests.java_peer.python_peer import start_python
 from tests.java_peer.values import columns_to_json, row_from_json
 
 EVERY_TYPE = {side: every_type_table(side, "every_type") for side in (JAVA_MADE, PYTHON_MADE)}

@@ -15,11 +15,12 @@ from infra.consensus_commit.manager import TransactionManager
 from infra.consensus_commit.metadata import is_committed, transactional
 from infra.consensus_commit.states import Isolation, TransactionState
 from infra.storage.operations import Key, Row
+from scripts.java_peer.processes import Line, PeerProcess
 from scripts.proof.histories.checker import lost_appends, violations
 from scripts.proof.histories.history import Append, Operation, Outcome, Read, Transaction, Write
 from tests.java_peer.conftest import MIXED, Peers
 from tests.java_peer.mixed_tables import OPENING_BALANCE, account_table, list_table
-from tests.java_peer.processes import Line, PeerProcess, start_python
+from tests.java_peer.python_peer import start_python
 
 ACCOUNTS, LISTS = 8, 6
 AT_ONCE = 3

@@ -12,14 +12,13 @@ import json
 import os
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from infra.servers.java import find_java
-from tests.java_peer.peer import scalardb_class_path
+from scripts.java_peer.peer import scalardb_class_path
 
 ROOT = Path(__file__).parents[2]
 SOURCES = Path(__file__).with_name("java")
@@ -203,11 +202,6 @@ async def start_java(classes: Path, *, heap_mb: int = 384) -> PeerProcess:
             "Peer",
         ]
     )
-
-
-async def start_python(*, env: Mapping[str, str] | None = None) -> PeerProcess:
-    """Start the Python program, on this interpreter."""
-    return await PeerProcess.start([sys.executable, "-m", "tests.java_peer.python_peer"], env=env)
 
 
 def scalardb_settings(port: int, **more: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The Java side of the tests in which ScalarDB and Concord share tables: ScalarDB's own archives, for tests only."""
+"""ScalarDB's own archives, which the Java program runs on."""
 
 from __future__ import annotations
 
