@@ -53,6 +53,13 @@ FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 2.0
 """Between questions to a state table that does not answer."""
 
+MAX_AT_WORK = 1_024
+"""How many transactions are prepared, decided or brought to rest at a time; further ones wait for their turn.
+
+Homes wait for a decision, and not for the records to come to rest after it. So without a bound decisions could for ever
+outrun a storage that is slow, and what is left to do after them would pile up here.
+"""
+
 
 class CoordinatorActor:
     """One coordinator. `start` must have returned before it is asked anything."""
@@ -69,6 +76,7 @@ class CoordinatorActor:
         clock: Clock,
         sweep_interval_s: float = 5.0,
         state_window_ms: int = 7 * 24 * 3_600_000,
+        max_at_work: int = MAX_AT_WORK,
         timing: Timing,
     ) -> None:
         self.name = name
@@ -90,6 +98,8 @@ class CoordinatorActor:
 
     async def start(self) -> None:
         """Create the coordinator's tables, register, and begin to settle what predecessors left."""
+        self._draining = False
+        self._room = asyncio.Semaphore(max_at_work)
         await self._states.create_tables()
         await self._intents.create_tables()
         await self._incarnations.create_tables()
@@ -108,6 +118,17 @@ class CoordinatorActor:
         return [Health(self.name, self.incarnation, os.getpid(), len(self._active)) for _ in items]
 
     async def commit(self, requests: list[CommitRequest]) -> list[Decision]:
+    async def drain(self, within_s: list[float]) -> list[bool]:
+        """Decide nothing new, and wait so long for what is at work; whether all of it has ended.
+
+        What is asked meanwhile is rolled back and answered FORGOTTEN, so that its home tries again.
+        """
+        self._draining = True
+        until_s = self._clock.monotonic_s() + max(within_s)
+        while self._active and self._clock.monotonic_s() < until_s:  # noqa: ASYNC110 - once, before an end
+            await asyncio.sleep(self._timing.drain_poll_s)
+        return [not self._active for _ in within_s]
+
         """Decide each request: committed at a time, or not and why."""
         return list(await asyncio.gather(*(self._commit(request) for request in requests)))
 
@@ -116,8 +137,12 @@ class CoordinatorActor:
         keep_active = False
         try:
             writers = [s for s in request.shares if s.has_writes and request.drop_writes_except in ("", s.actor)]
+        if self._draining:
+            await self._roll_back(request)
+            return Decision(trouble=Trouble.FORGOTTEN, detail=f"{self.name} is being restarted")
             partitions = tuple(partition for share in writers for partition in share.partitions)
             intent = self._intent(request, writers, partitions)
+        await self._room.acquire()
             try:
                 if writers:
                     await self._intents.record([intent])
@@ -140,7 +165,11 @@ class CoordinatorActor:
             return Decision(trouble=verdict.trouble, detail=verdict.detail)
         finally:
             if not keep_active:
-                self._active.discard(request.tx_id)
+                self._end(request)
+
+    def _end(self, request: CommitRequest) -> None:
+        self._active.discard(request.tx_id)
+        self._room.release()
 
     async def _forward(self, request: CommitRequest, writers: list[Share]) -> Verdict:
         """Prepare, then validate: the first trouble, or none."""
@@ -216,7 +245,7 @@ class CoordinatorActor:
         except Exception as error:
             log.warning("left to the sweeper", tx_id=request.tx_id, error=str(error))
         finally:
-            self._active.discard(request.tx_id)
+            self._end(request)
 
     async def _abort(self, request: CommitRequest, intent: Intent, *, told: Verdict) -> None:
         """Put ABORTED, then roll back. The intent goes only when nothing of this transaction can arrive any more."""

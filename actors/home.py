@@ -24,7 +24,7 @@ from actors.domain import Domain, Refused
 from actors.messages import Age, CommitRecords, CommitRequest, Decision, Emitted, Rollback, Share, Trouble
 from actors.outcomes import outcome_row, outcomes_of
 from actors.participation import Participation, Workspace, json_safe
-from actors.runtime import Mailroom, Placement
+from actors.runtime import ActorBusyError, Mailroom, Placement
 from actors.timing import Timing
 from actors.work import CONCORD_NAMESPACE, Calls, TroubleError, Work, trouble_of
 from infra.clock import Clock
@@ -90,6 +90,13 @@ CONFLICT = "conflict"
 """The reason of a refusal after the last retry."""
 
 
+MAX_OPEN_COMMANDS = 8_192
+"""How many commands a home has in hand at most. Batches beyond that are not taken: they stay in Kafka.
+
+Healthy workers never come near it: each has one batch a partition outstanding. But a worker that dies leaves its
+batches here, and its successor sends them again; while storage is away, none of them ends.
+"""
+
 @dataclass(frozen=True)
 class Verdict:
     """An answer that is settled before any handler runs: a dead letter, or a refusal after too many conflicts."""
@@ -134,10 +141,14 @@ class Home:
         timing: Timing,
         max_command_bytes: int,
         on_answer: Callable[[str, Answer, float], None] = lambda domain, answer, seconds: None,
+        max_open_commands: int = MAX_OPEN_COMMANDS,
         on_trouble: Callable[[str, Trouble], None] = lambda domain, trouble: None,
     ) -> None:
         self._domain = domain
         self._participation = participation
+        self.open_commands = 0
+        self.draining = False
+        self._max_open_commands = max_open_commands
         self._placement = placement
         self._mailroom = mailroom
         self._states = states
@@ -153,7 +164,21 @@ class Home:
         self._letting_go: set[asyncio.Task[None]] = set()
 
     async def execute(self, batch: list[RawMessage]) -> list[Answer]:
-        """The answer of each message, in order. Those with one key run one after another, others side by side."""
+        """The answer of each message, in order. Those with one key run one after another, others side by side.
+
+        Raises ActorBusyError, with nothing done, for what this home cannot take now.
+        """
+        if self.draining:
+            raise ActorBusyError(f"{self._participation.actor} is being restarted")
+        if self.open_commands and self.open_commands + len(batch) > self._max_open_commands:
+            raise ActorBusyError(f"{self._participation.actor} has {self.open_commands} commands in hand")
+        self.open_commands += len(batch)
+        try:
+            return await self._execute(batch)
+        finally:
+            self.open_commands -= len(batch)
+
+    async def _execute(self, batch: list[RawMessage]) -> list[Answer]:
         chains: dict[bytes, list[int]] = {}
         for index, raw in enumerate(batch):
             chains.setdefault(raw.key or b"", []).append(index)
@@ -265,7 +290,8 @@ class Home:
                         continue
                     await asyncio.sleep(self._retry.pause_s(conflicts))
                 case Step.WAIT:
-                    log.warning("waiting for storage", command_id=subject.id, error=trouble.detail)
+                    if not waits & (waits - 1):  # the 1st, 2nd, 4th, 8th … time: thousands may wait for an hour
+                        log.warning("waiting for storage", command_id=subject.id, waits=waits, error=trouble.detail)
                     first_s, longest_s = self._timing.wait_s
                     await asyncio.sleep(min(first_s * 2 ** min(waits, 10), longest_s))
                     waits += 1

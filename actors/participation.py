@@ -136,6 +136,8 @@ class Participation:
         self._workspaces: dict[str, Workspace] = {}
         self._ended: dict[str, None] = {}
         self._home_incarnations: dict[str, str] = {}
+        self.draining = False
+        """Whether transactions that are new here are sent back to their homes, which try again."""
         self._schemas = {table.full_name: table.schema for table in tables}
 
     @property
@@ -238,8 +240,9 @@ class Participation:
         self._notice_home(invocation.home, invocation.home_incarnation)
         workspace = self._workspaces.get(invocation.tx_id)
         if workspace is None:
-            # Later turns: we restarted, or gave the transaction up. A first one: it was on its way for too long.
-            if invocation.first > 0 or invocation.tx_id in self._ended:
+            # Later turns: we restarted, or gave the transaction up. A first one: it was on its way for too long, or
+            # we are about to be restarted. The home's own transactions are opened by the home, which takes none then.
+            if invocation.first > 0 or invocation.tx_id in self._ended or self.draining:
                 return self._forgotten(len(invocation.calls))
             workspace = self.open(
                 invocation.tx_id,

@@ -21,12 +21,15 @@ import ray
 import ray.actor
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from actors.runtime import ActorLostError, Mailroom
+from actors.runtime import ActorLostError, ActorSilentError, Mailroom
 from actors.system import Actor, Observer, SystemConfig, actor_names, build_actor
 from infra.clock import SystemClock
 from infra.storage.connect import connect as connect_storage
 
 NAMESPACE = "concord"
+
+ANSWER_WITHIN_S = 5.0
+"""How long an actor has to say how it is."""
 
 METHODS = (
     "execute",
@@ -38,6 +41,7 @@ METHODS = (
     "commit",
     "rollback",
     "settle",
+    "drain",
     "health",
     "apply",
 )
@@ -120,13 +124,39 @@ for _name in METHODS:
 class RayRuntime:
     """Implements actors.runtime.Runtime in any process that is connected to the cluster."""
 
-    def __init__(self) -> None:
+SILENT_AFTER_S = 15.0
+"""How long an actor may be without a sign of life before those that wait for it take it for lost.
+
+A call has no deadline of its own, because what it waits for (a key, storage) may take any time and is no failure. What
+has one is the life of the actor: while a call is outstanding, its `health` is asked, once for all calls of a process.
+"""
+
+ASKED_EVERY_S = 5.0
+"""How often that is."""
+
+MAX_PENDING_CALLS = 20_000
+"""Calls of one process to one actor that may be outstanding. Only one that is paused for long could gather more."""
+
+
+    def __init__(self, *, silent_after_s: float = SILENT_AFTER_S, asked_every_s: float = ASKED_EVERY_S) -> None:
         self._handles: dict[str, ray.actor.ActorHandle[Any]] = {}
 
     async def ask(self, actor: str, method: str, items: Sequence[Any]) -> list[Any]:
         try:
+        self._silent_after_s = silent_after_s
+        self._asked_every_s = asked_every_s
+        self._asking_health: dict[str, asyncio.Future[list[Any]]] = {}
             handle = self._handles.get(actor)
             if handle is None:
+        call = asyncio.ensure_future(self._call(actor, method, items))
+        try:
+            while not (await asyncio.wait({call}, timeout=self._asked_every_s))[0]:
+                await self._until_a_sign_of_life(actor, call)
+            return await call
+        finally:
+            call.cancel()
+
+    async def _call(self, actor: str, method: str, items: Sequence[Any]) -> list[Any]:
                 handle = self._handles[actor] = ray.get_actor(actor, namespace=NAMESPACE)
             reply: bytes = await getattr(handle, method).remote(pickle.dumps(list(items), protocol=5))
         except RayTaskError as error:
@@ -140,6 +170,23 @@ class RayRuntime:
 
 class RayCluster:
     """The Ray of this machine and the system's actors on it, owned by this process: they end with it."""
+    async def _until_a_sign_of_life(self, actor: str, call: asyncio.Future[list[Any]]) -> None:
+        """Until the actor has answered, `call` itself or the question how it is. Raises ActorSilentError."""
+        asking = self._asking_health.get(actor)
+        if asking is None:
+            # One question at a time, however many wait: those to a paused actor would pile up in Ray.
+            asking = self._asking_health[actor] = asyncio.ensure_future(self._call(actor, "health", [None]))
+            asking.add_done_callback(lambda asked: self._heard(actor, asked))
+        done, _ = await asyncio.wait({call, asking}, timeout=self._silent_after_s, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise ActorSilentError(f"{actor}: no sign of life for {self._silent_after_s:g} s")
+
+    def _heard(self, actor: str, asked: asyncio.Future[list[Any]]) -> None:
+        if self._asking_health.get(actor) is asked:
+            del self._asking_health[actor]
+        if not asked.cancelled():
+            asked.exception()  # that it was lost, its callers learn from their calls
+
 
     def __init__(self, address: str, dashboard_url: str, handles: dict[str, Any]) -> None:
         self.address = address
@@ -162,6 +209,36 @@ class RayCluster:
     def stop(self) -> None:
         """End the actors and the cluster. Actors may be stopped at any instant, so nothing is asked of them first."""
         for handle in self._handles.values():
+    async def drain(self, name: str, *, within_s: float) -> bool:
+        """Have an actor finish what it is at and take nothing new, before its restart; whether it was done in time."""
+        try:
+            (empty,) = await asyncio.wait_for(self.runtime.ask(name, "drain", [within_s]), within_s + ANSWER_WITHIN_S)
+        except (ActorLostError, TimeoutError):
+            return False
+        return bool(empty)
+
+    async def restart(self, name: str, *, within_s: float) -> None:
+        """End an actor's process and wait until another one serves in its place. Raises ActorLostError after a while.
+
+        It may be ended at any instant; `drain` it first, so that less has to be done twice.
+        """
+        before = (await self._health_of(name, within_s=ANSWER_WITHIN_S)) or None
+        await asyncio.to_thread(ray.kill, self._handles[name], no_restart=False)
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + within_s
+        while loop.time() < until_s:
+            now = await self._health_of(name, within_s=ANSWER_WITHIN_S)
+            if now is not None and (before is None or (now.pid, now.incarnation) != (before.pid, before.incarnation)):
+                return
+            await asyncio.sleep(0.1)
+        raise ActorLostError(f"{name} did not come back within {within_s:.0f} s")
+
+    async def _health_of(self, name: str, *, within_s: float) -> Any:
+        try:
+            return (await asyncio.wait_for(self.runtime.ask(name, "health", [None]), within_s))[0]
+        except (Exception, TimeoutError):
+            return None
+
             ray.kill(handle, no_restart=True)
         ray.shutdown()
 
@@ -204,6 +281,7 @@ def start_cluster(
             max_concurrency=10_000,  # what waits for storage or for a key must not keep a decision out
         ).remote(ActorSetup(name, config, storage_url, prepare_process, prepare_argument))
         for name in actor_names(config)
+            max_pending_calls=MAX_PENDING_CALLS,
     }
     return RayCluster(context.address_info["address"], context.dashboard_url or "", handles)
 

@@ -18,6 +18,17 @@ class ActorLostError(Exception):
     """The actor died or cannot be reached: what it did with the items is unknown."""
 
 
+class ActorBusyError(ActorLostError):
+    """The actor takes nothing more now, and has done nothing with the items: ask again later.
+
+    It is full, because what it waits for (storage, mostly) holds up what it has; or it is being emptied for a restart.
+    """
+
+
+class ActorSilentError(ActorLostError):
+    """The actor gives no sign of life: it is paused, or this process does not reach it."""
+
+
 class Runtime(Protocol):
     async def ask(self, actor: str, method: str, items: Sequence[Any]) -> list[Any]:
         """One reply for each item, in order. Raises ActorLostError; the items may have been worked on."""

@@ -41,6 +41,9 @@ class Timing:
     silent_after_s: float = 10.0
     """A prepared workspace whose coordinator said nothing for so long is decided through the state table."""
 
+    drain_poll_s: float = 0.02
+    """How often an actor that is being emptied looks whether it is empty."""
+
     transaction_lifetime_ms: int = TRANSACTION_LIFETIME_MS
     """After so long, whoever meets an undecided transaction that is not its own may abort it; and for so long an
     ABORTED row stays at least where a write may still be on its way in the storage."""

@@ -78,6 +78,10 @@ class ViewActor:
         finally:
             self._busy -= len(batches)
 
+    async def drain(self, within_s: list[float]) -> list[bool]:
+        """Whether nothing is being applied now: a batch that a restart interrupts is simply sent again."""
+        return [not self._busy for _ in within_s]
+
     async def health(self, batch: list[Any]) -> list[Health]:
         return [Health(self.name, self._incarnation, os.getpid(), self._busy) for _ in batch]
 

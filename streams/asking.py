@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from actors.runtime import ActorLostError, Runtime
+from actors.runtime import ActorLostError, ActorSilentError, Runtime
 from infra.consensus_commit.errors import TransactionError
 from infra.storage.errors import StorageError
 
@@ -44,16 +44,19 @@ async def ask_until_answered(
     """
     pause_s = patience.pause_s
     while True:
+        silent = False
         asking = asyncio.ensure_future(runtime.ask(actor, method, items))
         try:
             await _wait_while_it_lives(runtime, actor, asking, patience, tried)
             return await asking
         except PASSING as error:
+            silent = isinstance(error, ActorSilentError)
             log.warning("asking_again", actor=actor, method=method, items=len(items), error=repr(error))
         finally:
             asking.cancel()
         await asyncio.sleep(pause_s)
-        tried()
+        if not silent:  # else this process may be what is cut off, and a restart of it the cure: the watchdog's to say
+            tried()
         pause_s = min(pause_s * 2, patience.longest_pause_s)
 
 
