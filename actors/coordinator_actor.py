@@ -94,12 +94,12 @@ class CoordinatorActor:
         self._active: set[str] = set()
         self._first_seen_s: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._draining = False
+        self._room = asyncio.Semaphore(max_at_work)
         self._sweeper: asyncio.Future[None] | None = None
 
     async def start(self) -> None:
         """Create the coordinator's tables, register, and begin to settle what predecessors left."""
-        self._draining = False
-        self._room = asyncio.Semaphore(max_at_work)
         await self._states.create_tables()
         await self._intents.create_tables()
         await self._incarnations.create_tables()
@@ -114,10 +114,6 @@ class CoordinatorActor:
         if self._tasks:
             await asyncio.wait(list(self._tasks), timeout=5)
 
-    async def health(self, items: list[None]) -> list[Health]:
-        return [Health(self.name, self.incarnation, os.getpid(), len(self._active)) for _ in items]
-
-    async def commit(self, requests: list[CommitRequest]) -> list[Decision]:
     async def drain(self, within_s: list[float]) -> list[bool]:
         """Decide nothing new, and wait so long for what is at work; whether all of it has ended.
 
@@ -129,20 +125,24 @@ class CoordinatorActor:
             await asyncio.sleep(self._timing.drain_poll_s)
         return [not self._active for _ in within_s]
 
+    async def health(self, items: list[None]) -> list[Health]:
+        return [Health(self.name, self.incarnation, os.getpid(), len(self._active)) for _ in items]
+
+    async def commit(self, requests: list[CommitRequest]) -> list[Decision]:
         """Decide each request: committed at a time, or not and why."""
         return list(await asyncio.gather(*(self._commit(request) for request in requests)))
 
     async def _commit(self, request: CommitRequest) -> Decision:
-        self._active.add(request.tx_id)
-        keep_active = False
-        try:
-            writers = [s for s in request.shares if s.has_writes and request.drop_writes_except in ("", s.actor)]
         if self._draining:
             await self._roll_back(request)
             return Decision(trouble=Trouble.FORGOTTEN, detail=f"{self.name} is being restarted")
+        self._active.add(request.tx_id)
+        keep_active = False
+        await self._room.acquire()
+        try:
+            writers = [s for s in request.shares if s.has_writes and request.drop_writes_except in ("", s.actor)]
             partitions = tuple(partition for share in writers for partition in share.partitions)
             intent = self._intent(request, writers, partitions)
-        await self._room.acquire()
             try:
                 if writers:
                     await self._intents.record([intent])

@@ -189,6 +189,22 @@ class DomainActor:
 
     # ---- housekeeping ----------------------------------------------------------------------------------------
 
+    async def drain(self, within_s: list[float]) -> list[bool]:
+        """Begin no new work, and wait so long for what is at work; whether all of it has ended.
+
+        From then on commands are answered ActorBusyError, and transactions that are new here are sent back to their
+        homes. There is no way back but the restart for which this is done; one at any other moment costs repetition,
+        and nothing else.
+        """
+        self._as_home.draining = self._as_participant.draining = True
+        until_s = self._clock.monotonic_s() + max(within_s)
+        while not (empty := self._is_empty()) and self._clock.monotonic_s() < until_s:  # noqa: ASYNC110 - once
+            await asyncio.sleep(self._timing.drain_poll_s)
+        return [empty for _ in within_s]
+
+    def _is_empty(self) -> bool:
+        return not self._as_home.open_commands and not self._as_participant.open_workspaces
+
     async def health(self, batch: list[Any]) -> list[Health]:
         busy = self._as_participant.open_workspaces
         return [Health(self.name, self.incarnation, os.getpid(), busy) for _ in batch]
@@ -206,22 +222,6 @@ class DomainActor:
             except StorageError as error:
                 log.warning("housekeeping waits for storage", actor=self.name, error=str(error))
             except Exception:
-    async def drain(self, within_s: list[float]) -> list[bool]:
-        """Begin no new work, and wait so long for what is at work; whether all of it has ended.
-
-        From then on commands are answered ActorBusyError, and transactions that are new here are sent back to their
-        homes. There is no way back but the restart for which this is done; one at any other moment costs repetition,
-        and nothing else.
-        """
-        self._as_home.draining = self._as_participant.draining = True
-        until_s = self._clock.monotonic_s() + max(within_s)
-        while not (empty := self._is_empty()) and self._clock.monotonic_s() < until_s:  # noqa: ASYNC110 - once
-            await asyncio.sleep(self._timing.drain_poll_s)
-        return [empty for _ in within_s]
-
-    def _is_empty(self) -> bool:
-        return not self._as_home.open_commands and not self._as_participant.open_workspaces
-
                 log.exception("housekeeping failed", actor=self.name)
 
     @property

@@ -89,13 +89,13 @@ LET_GO_TRIES = 6
 CONFLICT = "conflict"
 """The reason of a refusal after the last retry."""
 
-
 MAX_OPEN_COMMANDS = 8_192
 """How many commands a home has in hand at most. Batches beyond that are not taken: they stay in Kafka.
 
 Healthy workers never come near it: each has one batch a partition outstanding. But a worker that dies leaves its
 batches here, and its successor sends them again; while storage is away, none of them ends.
 """
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -140,15 +140,15 @@ class Home:
         retry: RetryPolicy,
         timing: Timing,
         max_command_bytes: int,
-        on_answer: Callable[[str, Answer, float], None] = lambda domain, answer, seconds: None,
         max_open_commands: int = MAX_OPEN_COMMANDS,
+        on_answer: Callable[[str, Answer, float], None] = lambda domain, answer, seconds: None,
         on_trouble: Callable[[str, Trouble], None] = lambda domain, trouble: None,
     ) -> None:
-        self._domain = domain
-        self._participation = participation
         self.open_commands = 0
         self.draining = False
         self._max_open_commands = max_open_commands
+        self._domain = domain
+        self._participation = participation
         self._placement = placement
         self._mailroom = mailroom
         self._states = states

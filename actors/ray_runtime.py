@@ -121,9 +121,6 @@ for _name in METHODS:
     _add_method(_name)
 
 
-class RayRuntime:
-    """Implements actors.runtime.Runtime in any process that is connected to the cluster."""
-
 SILENT_AFTER_S = 15.0
 """How long an actor may be without a sign of life before those that wait for it take it for lost.
 
@@ -138,16 +135,16 @@ MAX_PENDING_CALLS = 20_000
 """Calls of one process to one actor that may be outstanding. Only one that is paused for long could gather more."""
 
 
+class RayRuntime:
+    """Implements actors.runtime.Runtime in any process that is connected to the cluster."""
+
     def __init__(self, *, silent_after_s: float = SILENT_AFTER_S, asked_every_s: float = ASKED_EVERY_S) -> None:
         self._handles: dict[str, ray.actor.ActorHandle[Any]] = {}
-
-    async def ask(self, actor: str, method: str, items: Sequence[Any]) -> list[Any]:
-        try:
         self._silent_after_s = silent_after_s
         self._asked_every_s = asked_every_s
         self._asking_health: dict[str, asyncio.Future[list[Any]]] = {}
-            handle = self._handles.get(actor)
-            if handle is None:
+
+    async def ask(self, actor: str, method: str, items: Sequence[Any]) -> list[Any]:
         call = asyncio.ensure_future(self._call(actor, method, items))
         try:
             while not (await asyncio.wait({call}, timeout=self._asked_every_s))[0]:
@@ -157,6 +154,9 @@ MAX_PENDING_CALLS = 20_000
             call.cancel()
 
     async def _call(self, actor: str, method: str, items: Sequence[Any]) -> list[Any]:
+        try:
+            handle = self._handles.get(actor)
+            if handle is None:
                 handle = self._handles[actor] = ray.get_actor(actor, namespace=NAMESPACE)
             reply: bytes = await getattr(handle, method).remote(pickle.dumps(list(items), protocol=5))
         except RayTaskError as error:
@@ -167,9 +167,6 @@ MAX_PENDING_CALLS = 20_000
         replies: list[Any] = pickle.loads(reply)
         return replies
 
-
-class RayCluster:
-    """The Ray of this machine and the system's actors on it, owned by this process: they end with it."""
     async def _until_a_sign_of_life(self, actor: str, call: asyncio.Future[list[Any]]) -> None:
         """Until the actor has answered, `call` itself or the question how it is. Raises ActorSilentError."""
         asking = self._asking_health.get(actor)
@@ -187,6 +184,9 @@ class RayCluster:
         if not asked.cancelled():
             asked.exception()  # that it was lost, its callers learn from their calls
 
+
+class RayCluster:
+    """The Ray of this machine and the system's actors on it, owned by this process: they end with it."""
 
     def __init__(self, address: str, dashboard_url: str, handles: dict[str, Any]) -> None:
         self.address = address
@@ -206,9 +206,6 @@ class RayCluster:
         names = list(self._handles)
         return dict(zip(names, await asyncio.gather(*map(ask, names)), strict=True))
 
-    def stop(self) -> None:
-        """End the actors and the cluster. Actors may be stopped at any instant, so nothing is asked of them first."""
-        for handle in self._handles.values():
     async def drain(self, name: str, *, within_s: float) -> bool:
         """Have an actor finish what it is at and take nothing new, before its restart; whether it was done in time."""
         try:
@@ -239,6 +236,9 @@ class RayCluster:
         except (Exception, TimeoutError):
             return None
 
+    def stop(self) -> None:
+        """End the actors and the cluster. Actors may be stopped at any instant, so nothing is asked of them first."""
+        for handle in self._handles.values():
             ray.kill(handle, no_restart=True)
         ray.shutdown()
 
@@ -278,10 +278,10 @@ def start_cluster(
             num_cpus=0,
             max_restarts=-1,
             max_task_retries=0,
+            max_pending_calls=MAX_PENDING_CALLS,
             max_concurrency=10_000,  # what waits for storage or for a key must not keep a decision out
         ).remote(ActorSetup(name, config, storage_url, prepare_process, prepare_argument))
         for name in actor_names(config)
-            max_pending_calls=MAX_PENDING_CALLS,
     }
     return RayCluster(context.address_info["address"], context.dashboard_url or "", handles)
 

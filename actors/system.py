@@ -58,6 +58,8 @@ class Actor(Protocol):
 
     async def stop(self) -> None: ...
 
+    async def drain(self, within_s: list[float]) -> list[bool]: ...
+
     async def health(self, batch: list[Any]) -> list[Any]: ...
 
 
@@ -65,8 +67,6 @@ def load_domains(config: SystemConfig) -> dict[str, Domain]:
     """The domains by name."""
     module, _, attribute = config.domains.partition(":")
     domains: tuple[Domain, ...] = getattr(importlib.import_module(module), attribute)
-    async def drain(self, within_s: list[float]) -> list[bool]: ...
-
     return {domain.name: domain for domain in domains}
 
 
