@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -304,6 +304,22 @@ class RecoverySettings(_Group):
     sweep_interval_ms: int = Field(5_000, ge=100, le=600_000, description="pause between two looks for abandoned ones")
 
 
+class TracingSettings(_Group):
+    """Whether and where to spans are sent (OpenTelemetry, OTLP over HTTP); see `infra.tracing`."""
+
+    endpoint: str = Field("", description="URL of an OTLP collector, such as http://127.0.0.1:4318; empty: no traces")
+    sample_ratio: float = Field(
+        1.0, ge=0.0, le=1.0, description="part of the traces that begin here that is recorded; others say it themselves"
+    )
+    headers: Secret = Field(NO_SECRET, description="what the collector asks for, as name=value,name=value")
+    headers_file: File = Field(None, description="file of those headers")
+    ca_file: File = Field(None, description="certificates to trust at the collector")
+    export_every_ms: int = Field(1_000, ge=10, le=60_000, description="how often spans that have ended are sent")
+    queue_spans: int = Field(
+        8_192, ge=512, le=1_000_000, description="spans that may wait in a process while the collector is away"
+    )
+
+
 Mode = Literal["development", "production"]
 Insecurity = Literal[
     "kafka_plaintext",
@@ -338,6 +354,7 @@ class Settings(_Group):
     batch: BatchSettings = BatchSettings()
     outcome: OutcomeSettings = OutcomeSettings()
     recovery: RecoverySettings = RecoverySettings()
+    tracing: TracingSettings = TracingSettings()
     watchdog_seconds: int = Field(
         60, ge=5, le=3600, description="a worker whose loop makes no attempt for so long ends and is restarted"
     )
@@ -550,6 +567,28 @@ _RULES: tuple[_Rule, ...] = (
         lambda s: f"profile {s.profile} has one Kafka node. Use 1, or profile cluster",
     ),
     _Rule(
+        lambda s: not s.tracing.endpoint or _is_plain_url(s.tracing.endpoint),
+        ("tracing.endpoint",),
+        lambda s: (
+            "spans are sent to an http or https URL with a host, without credentials (those are tracing.headers) "
+            "and without a query. Write it like http://127.0.0.1:4318"
+        ),
+    ),
+    _Rule(
+        lambda s: bool(s.tracing.endpoint) or not (s.tracing.headers or s.tracing.headers_file or s.tracing.ca_file),
+        ("tracing.endpoint", "tracing.headers_file"),
+        lambda s: "without an endpoint nothing is sent anywhere. Set it, or leave the rest of tracing unset",
+    ),
+    _Rule(
+        lambda s: (
+            not (s.tracing.headers or s.tracing.headers_file)
+            or s.tracing.endpoint.startswith("https://")
+            or urlsplit(s.tracing.endpoint).hostname in ("localhost", "127.0.0.1", "::1")
+        ),
+        ("tracing.headers_file", "tracing.endpoint"),
+        lambda s: "the headers would cross the network in plain text. Use https",
+    ),
+    _Rule(
         lambda s: _distinct(
             s.kafka.port, s.cassandra.port if s.profile == "stack" else 0, s.http_port, s.dashboard_port
         ),
@@ -606,6 +645,21 @@ _PRODUCTION_RULES: Mapping[Insecurity, _Rule] = {
 `periodic_commitlog` and the authenticator behind `cassandra_anonymous` show only when Cassandra is there: whoever
 connects looks (`infra.storage.cassandra_session`).
 """
+
+
+def _is_plain_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and parts.port != 0
+            and "@" not in parts.netloc
+            and not parts.query
+            and not parts.fragment
+        )
+    except ValueError:
+        return False
 
 
 def _distinct(*ports: int) -> bool:
