@@ -110,8 +110,10 @@ class CassandraStorage:
     `contact_points` are addresses of some of its nodes. `local_dc` names the data centre whose nodes are asked; None:
     that of the first contact point. `username` and `password`, or an `auth_provider` of the driver; `ssl_context` turns
     TLS on. New keyspaces get `replication_factor` copies (None: 1 on a cluster of one node, else 3) by
-    `replication_strategy`; NetworkTopologyStrategy puts them into `local_dc`. `compaction_strategy` (STCS, LCS, TWCS
-    or UCS) is that of new tables, None leaves it to the server. A request fails after `request_timeout_s` without an
+    `replication_strategy`; NetworkTopologyStrategy puts them into `local_dc`. `replication` names the copies by data
+    centre instead. `compaction_strategy` (STCS, LCS, TWCS or UCS) is that of new tables, None leaves it to the server.
+    `only_authenticated` refuses nodes that let everybody in, `allow_periodic` takes nodes that keep an acknowledged
+    write in memory alone for a while. A request fails after `request_timeout_s` without an
     answer; `max_in_flight` requests are outstanding at most, further ones wait. `max_mutations` 0 takes a batch of any
     size, as far as the server does (Paxos writes it twice; some dozens of rows are best). `index_timeout_s`: how long
     `create_index` waits for the rows that are there.
@@ -132,6 +134,9 @@ class CassandraStorage:
         ssl_context: Any = None,
         replication_factor: int | None = None,
         replication_strategy: ReplicationStrategy = "SimpleStrategy",
+        replication: Mapping[str, int] | None = None,
+        only_authenticated: bool = False,
+        allow_periodic: bool = False,
         compaction_strategy: str | None = None,
         request_timeout_s: float = 10.0,
         max_in_flight: int = 256,
@@ -162,10 +167,13 @@ class CassandraStorage:
             request_timeout_s=request_timeout_s,
             max_in_flight=max_in_flight,
             protocol_version=protocol_version,
+            only_authenticated=only_authenticated,
+            allow_periodic=allow_periodic,
         )
         self._session = CassandraSession(self._settings)
         self._replication_factor = replication_factor
         self._replication_strategy = replication_strategy
+        self._copies = dict(replication or {})
         self._compaction_strategy = compaction_strategy
         self._metadata_namespace = check_identifier(metadata_namespace)
         self._index_timeout_s = index_timeout_s
@@ -480,6 +488,9 @@ class CassandraStorage:
 
     async def _replication(self) -> dict[str, str]:
         """The replication of a new keyspace."""
+        if self._copies:
+            copies = {name: str(number) for name, number in self._copies.items()}
+            return {"class": "NetworkTopologyStrategy", **copies}
         live = await self._session.live_nodes()
         factor = self._replication_factor or (1 if sum(live.values()) == 1 else _DEFAULT_REPLICATION_FACTOR)
         if self._replication_strategy == "SimpleStrategy":

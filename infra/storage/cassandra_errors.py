@@ -17,6 +17,8 @@ applied then, so only a read at SERIAL (which completes or discards it) or a com
 
 from __future__ import annotations
 
+import ssl
+
 from cassandra import (
     AlreadyExists,
     ConsistencyLevel,
@@ -43,6 +45,10 @@ CAS_WRITE_UNKNOWN = 0x1700
 _REFUSED = (AlreadyExists, InvalidRequest, SyntaxException, ConfigurationException)
 
 _REMEDY_UNREACHABLE = "see that Cassandra runs and that its address, port and data centre are those in the settings"
+_REMEDY_UNTRUSTED = (
+    "see that TLS is on in the settings just where it is on in Cassandra, that the certificates to trust are those that"
+    " signed its own, and that its certificate has the address that is called"
+)
 _REMEDY_REPLICAS = "bring the nodes that are down back: a quorum of every partition's replicas must be up"
 _REMEDY_SLOW = "wait for the server to recover, and see its log if it does not"
 
@@ -56,7 +62,10 @@ def connect_error(error: Exception, what: str) -> StorageError:
         return UnavailableStorageError(
             f"{what} refuses the user name or the password", remedy="correct username and password in the settings"
         )
-    cause = causes[0] if causes else error
+    cause = next((cause for cause in causes if isinstance(cause, ssl.SSLError)), causes[0] if causes else error)
+    if isinstance(cause, ssl.SSLError):
+        said = cause.verify_message if isinstance(cause, ssl.SSLCertVerificationError) else cause.reason
+        return UnavailableStorageError(f"{what} cannot be trusted: {said}", remedy=_REMEDY_UNTRUSTED)
     return UnavailableStorageError(f"{what} cannot be reached: {_said(cause)}", remedy=_REMEDY_UNREACHABLE)
 
 

@@ -48,7 +48,7 @@ _HEARTBEAT_INTERVAL_S = 5
 _HEARTBEAT_TIMEOUT_S = 10
 _ADMINISTRATION_TIMEOUT_S = 60.0
 _SCHEMA_AGREEMENT_WAIT_S = 30
-_SYNC_SETTING = "SELECT value FROM system_views.settings WHERE name = 'commitlog_sync'"
+_SETTING = "SELECT value FROM system_views.settings WHERE name = '{name}'"
 
 Rows = list[tuple[Any, ...]]
 
@@ -72,10 +72,45 @@ class SessionSettings:
     request_timeout_s: float
     max_in_flight: int
     protocol_version: int
+    only_authenticated: bool = False
+    allow_periodic: bool = False
 
     @property
     def where(self) -> str:
         return f"Cassandra at {', '.join(self.contact_points)} (port {self.port})"
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """A setting that every node must have another value for than the refused one."""
+
+    setting: str
+    refused: str
+    applies: Callable[[SessionSettings], bool]
+    wrong: str
+    remedy: str
+    if_unknown: str
+
+
+_CHECKS = (
+    _Check(
+        "commitlog_sync",
+        "periodic",
+        lambda settings: not settings.allow_periodic,
+        "has commitlog_sync: periodic, so that it answers writes which a power failure can still take back",
+        "set commitlog_sync to batch or group in the cassandra.yaml of every node and restart it",
+        "see that it is batch or group on every node",
+    ),
+    _Check(
+        "authenticator",
+        "AllowAllAuthenticator",
+        lambda settings: settings.only_authenticated,
+        "has authenticator: AllowAllAuthenticator, so that it lets everybody in, whatever credentials they show",
+        "set authenticator to PasswordAuthenticator in the cassandra.yaml of every node and restart it",
+        "see that it is PasswordAuthenticator or a stricter one on every node",
+    ),
+)
+"""Looked at on every node of the data centre when a session opens."""
 
 
 @dataclass
@@ -118,7 +153,7 @@ class CassandraSession:
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._warned = False
+        self._warned: set[str] = set()
         self._closed = False
 
     @property
@@ -242,7 +277,7 @@ class CassandraSession:
     async def _open(self) -> Session:
         cluster, session = await self._in_thread(self._connect)
         try:
-            await self._check_durability(session)
+            await self._check_nodes(session)
         except BaseException:
             await self._in_thread(cluster.shutdown)
             raise
@@ -296,31 +331,34 @@ class CassandraSession:
                 remedy=f"set local_dc to one of {', '.join(sorted(centres))}",
             )
 
-    async def _check_durability(self, session: Session) -> None:
-        """Refuse nodes that answer writes before they are on the disk."""
+    async def _check_nodes(self, session: Session) -> None:
+        """Refuse nodes whose settings break what we promise."""
         for host in _connected_nodes(session):
-            statement = SimpleStatement(_SYNC_SETTING, consistency_level=ConsistencyLevel.ONE)
-            try:
-                answer = await self._send(
-                    statement, lambda error, _sent: _Unreadable(error), host=host, session=session
-                )
-                value = str(answer.rows[0][0]) if answer.rows else "unknown"
-            except _Unreadable as unreadable:
-                if not isinstance(unreadable.error, InvalidRequest | Unauthorized):
-                    raise connect_error(unreadable.error, self._settings.where) from unreadable.error
-                value = "unknown"
-            if value == "periodic":
-                raise UnavailableStorageError(
-                    f"the node {host.endpoint} has commitlog_sync: periodic, so that it answers writes which a power"
-                    " failure can still take back",
-                    remedy="set commitlog_sync to batch or group in the cassandra.yaml of every node and restart it",
-                )
-            if value == "unknown" and not self._warned:
-                self._warned = True
-                logger.warning(
-                    "%s does not let its setting commitlog_sync be read: see that it is batch or group on every node",
-                    self._settings.where,
-                )
+            for check in _CHECKS:
+                if not check.applies(self._settings):
+                    continue
+                value = await self._setting_of(host, check.setting, session)
+                if value is not None and check.refused in value:
+                    raise UnavailableStorageError(f"the node {host.endpoint} {check.wrong}", remedy=check.remedy)
+                if value is None and check.setting not in self._warned:
+                    self._warned.add(check.setting)
+                    logger.warning(
+                        "%s does not let its setting %s be read: %s",
+                        self._settings.where,
+                        check.setting,
+                        check.if_unknown,
+                    )
+
+    async def _setting_of(self, host: Any, name: str, session: Session) -> str | None:
+        """What a node says of a setting of its own; None if it does not say."""
+        statement = SimpleStatement(_SETTING.format(name=name), consistency_level=ConsistencyLevel.ONE)
+        try:
+            answer = await self._send(statement, lambda error, _sent: _Unreadable(error), host=host, session=session)
+        except _Unreadable as unreadable:
+            if not isinstance(unreadable.error, InvalidRequest | Unauthorized):
+                raise connect_error(unreadable.error, self._settings.where) from unreadable.error
+            return None
+        return str(answer.rows[0][0]) if answer.rows else None
 
     # -- sending
 

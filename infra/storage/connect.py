@@ -1,4 +1,7 @@
-"""From a URL to a storage. Adapters are imported only when named, so that none needs another's driver."""
+"""From a URL to a storage. Adapters are imported only when named, so that none needs another's driver.
+
+What is better not said in a URL, or is said once for several, comes beside it (`StorageAddress`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import re
 import ssl
 import tomllib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
@@ -36,15 +40,77 @@ _URL = re.compile(r"(?:([^:/?#]+):)?(?://([^/?#]*))?([^?#]*)(?:\?([^#]*))?(?:#(.
 """Scheme, authority, path, query and fragment (RFC 3986, appendix B)."""
 
 
-def connect(url: str) -> Storage:
-    """The storage that `url` names; nothing is opened or created yet.
+def _nothing() -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class CassandraAccess:
+    """What every Cassandra is told that a URL names, unless the URL says otherwise.
+
+    `encrypted` turns TLS on; `ca_file` None trusts whom the operating system trusts. `replication` is that of new
+    keyspaces, by data centre. `only_authenticated` refuses nodes that say they let everybody in, and `allow_periodic`
+    takes nodes that answer writes before these are on the disk.
+    """
+
+    data_center: str = ""
+    username: str = ""
+    password: Callable[[], str] = field(default=_nothing, repr=False, compare=False)
+    encrypted: bool = False
+    ca_file: Path | None = None
+    certificate_file: Path | None = None
+    key_file: Path | None = None
+    key_password: Callable[[], str] = field(default=_nothing, repr=False, compare=False)
+    check_hostname: bool = True
+    replication: Mapping[str, int] = field(default_factory=dict)
+    only_authenticated: bool = False
+    allow_periodic: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of CassandraStorage. Raises InvalidOperationError for files that cannot be used."""
+        options: dict[str, Any] = {"only_authenticated": self.only_authenticated, "allow_periodic": self.allow_periodic}
+        if self.data_center:
+            options["local_dc"] = self.data_center
+        if self.username:
+            options |= {"username": self.username, "password": self.password()}
+        if self.encrypted:
+            options["ssl_context"] = self._ssl_context()
+        if self.replication:
+            options["replication"] = self.replication
+        return options
+
+    def _ssl_context(self) -> ssl.SSLContext:
+        try:
+            context = ssl.create_default_context(cafile=None if self.ca_file is None else str(self.ca_file))
+            context.check_hostname = self.check_hostname
+            if self.certificate_file is not None:
+                # Given as bytes: a string that is empty would make OpenSSL ask the terminal for the password.
+                context.load_cert_chain(self.certificate_file, self.key_file, self.key_password().encode())
+        except OSError as error:  # ssl.SSLError is one
+            files = [file for file in (self.ca_file, self.certificate_file, self.key_file) if file is not None]
+            raise InvalidOperationError(
+                f"the certificates and the key for Cassandra ({', '.join(map(str, files))}) cannot be used: {error}"
+            ) from error
+        return context
+
+
+@dataclass(frozen=True)
+class StorageAddress:
+    """Where records are: the URL of a storage, and how any Cassandra in it is spoken to. It shows no secret."""
+
+    url: str = field(repr=False)  # may hold a password
+    cassandra: CassandraAccess = CassandraAccess()
+
+
+def connect(where: str | StorageAddress) -> Storage:
+    """The storage that `where` names, by its URL or by that and what comes beside it; nothing is opened or created yet.
 
     `sqlite:///var/lib/concord` keeps one file for each namespace in that directory, `memory:` keeps everything in
     this process.
 
     `cassandra://10.0.0.1:9042,10.0.0.2/?local_dc=dc1` is a cluster; its parameters are local_dc, replication_factor,
     replication_strategy, compaction_strategy, username, password, request_timeout_s, max_in_flight and ssl_ca (the
-    file of the certificates to trust; it turns TLS on).
+    file of the certificates to trust; it turns TLS on). They go before those of `StorageAddress.cassandra`.
 
     `dynamodb://?region=ap-northeast-1` takes whatever AWS tools would take for what it does not name, and credentials
     from nowhere else; `endpoint` is another place than Amazon's, `prefix` stands before every namespace, `units` is
@@ -53,11 +119,12 @@ def connect(url: str) -> Storage:
     `multi:///etc/concord/storages.toml` spreads namespaces over several storages as that file says; it is read at
     once. Raises InvalidOperationError, which names the accepted forms.
     """
-    parts = _split(url)
+    address = StorageAddress(where) if isinstance(where, str) else where
+    parts = _split(address.url)
     open_storage = _ADAPTERS.get(parts.scheme)
     if open_storage is None:
         raise InvalidOperationError(f"there is no storage {parts.scheme + ':'!r}: {_FORMS}")
-    return open_storage(parts)
+    return open_storage(parts, address.cassandra)
 
 
 def _split(url: str) -> SplitResult:
@@ -68,7 +135,7 @@ def _split(url: str) -> SplitResult:
     return SplitResult(scheme.lower(), *others)
 
 
-def _sqlite(parts: SplitResult) -> Storage:
+def _sqlite(parts: SplitResult, _cassandra: CassandraAccess) -> Storage:
     from infra.storage.sqlite import SqliteStorage
 
     path = unquote(parts.path)
@@ -77,7 +144,7 @@ def _sqlite(parts: SplitResult) -> Storage:
     return SqliteStorage(Path(path))
 
 
-def _memory(parts: SplitResult) -> Storage:
+def _memory(parts: SplitResult, _cassandra: CassandraAccess) -> Storage:
     from infra.storage.memory import MemoryStorage
 
     if parts.netloc or parts.path or parts.query or parts.fragment:
@@ -85,7 +152,7 @@ def _memory(parts: SplitResult) -> Storage:
     return MemoryStorage()
 
 
-def _dynamodb(parts: SplitResult) -> Storage:
+def _dynamodb(parts: SplitResult, _cassandra: CassandraAccess) -> Storage:
     from infra.storage.dynamodb import DynamoDbStorage
 
     asked = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -105,7 +172,7 @@ def _dynamodb(parts: SplitResult) -> Storage:
     )
 
 
-def _cassandra(parts: SplitResult) -> Storage:
+def _cassandra(parts: SplitResult, access: CassandraAccess) -> Storage:
     from infra.storage.cassandra import DEFAULT_PORT, CassandraStorage
 
     # The URL may hold a password, so that no message repeats it.
@@ -134,8 +201,9 @@ def _cassandra(parts: SplitResult) -> Storage:
             options[name] = read(value)
         except (ValueError, OSError) as error:
             raise InvalidOperationError(f"{name} of a Cassandra URL: {error}") from error
-    ssl_context = options.pop("ssl_ca", None)
-    return CassandraStorage(hosts, next(iter(ports), DEFAULT_PORT), ssl_context=ssl_context, **options)
+    if "ssl_ca" in options:
+        options["ssl_context"] = options.pop("ssl_ca")
+    return CassandraStorage(hosts, next(iter(ports), DEFAULT_PORT), **{**access.options(), **options})
 
 
 _CASSANDRA_PARAMETERS: Mapping[str, Callable[[str], Any]] = {
@@ -151,7 +219,7 @@ _CASSANDRA_PARAMETERS: Mapping[str, Callable[[str], Any]] = {
 }
 
 
-def _multi(parts: SplitResult) -> Storage:
+def _multi(parts: SplitResult, cassandra: CassandraAccess) -> Storage:
     from infra.storage.multi import MultiStorage
 
     path = unquote(parts.path)
@@ -170,7 +238,8 @@ def _multi(parts: SplitResult) -> Storage:
     if any(urlsplit(url).scheme == parts.scheme for url in urls.values()):
         raise InvalidOperationError(f"{path}: a storage of multi: cannot be multi: itself")
     try:
-        return MultiStorage({alias: connect(url) for alias, url in urls.items()}, namespaces, default)
+        storages = {alias: connect(StorageAddress(url, cassandra)) for alias, url in urls.items()}
+        return MultiStorage(storages, namespaces, default)
     except InvalidOperationError as error:
         raise InvalidOperationError(f"{path}: {error}") from error
 
@@ -179,7 +248,7 @@ def _maps_strings(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(held, str) for held in value.values())
 
 
-_ADAPTERS: Mapping[str, Callable[[SplitResult], Storage]] = {
+_ADAPTERS: Mapping[str, Callable[[SplitResult, CassandraAccess], Storage]] = {
     "sqlite": _sqlite,
     "cassandra": _cassandra,
     "dynamodb": _dynamodb,
