@@ -2,6 +2,8 @@
 
 MessagingError
 ├── BrokerUnavailableError   nobody answers at the address, or not in time: wait, or put it right
+│   ├── UntrustedBrokerError      who answers has no certificate that we trust, or speaks no TLS: put that right
+│   └── NotAuthenticatedError     the broker does not believe who we say we are: put the credentials right
 ├── UnknownTopicError        the topic does not exist: declare it
 ├── MessageTooLargeError     the message can never be sent: it was not, and others are not affected
 ├── DeliveryFailedError      the broker refused, or an earlier message failed; it may have been stored: send again
@@ -23,6 +25,32 @@ class BrokerUnavailableError(MessagingError):
         super().__init__(
             f"Kafka does not answer at {bootstrap_servers}{reason}. "
             "Start the system with `concord up`, or check CONCORD_KAFKA__BOOTSTRAP_SERVERS."
+        )
+        self.bootstrap_servers = bootstrap_servers
+        self.detail = detail
+
+
+class UntrustedBrokerError(BrokerUnavailableError):
+    """Somebody answers at the address, but not with a certificate that we trust. Nothing was told to them."""
+
+    def __init__(self, bootstrap_servers: str, detail: str = "") -> None:
+        MessagingError.__init__(
+            self,
+            f"Kafka at {bootstrap_servers} cannot be trusted ({detail}). Check CONCORD_KAFKA__SECURITY_PROTOCOL, "
+            "CONCORD_KAFKA__TLS__CA_FILE and the name in CONCORD_KAFKA__BOOTSTRAP_SERVERS.",
+        )
+        self.bootstrap_servers = bootstrap_servers
+        self.detail = detail
+
+
+class NotAuthenticatedError(BrokerUnavailableError):
+    """The broker does not accept who we say we are."""
+
+    def __init__(self, bootstrap_servers: str, detail: str = "") -> None:
+        MessagingError.__init__(
+            self,
+            f"Kafka at {bootstrap_servers} does not accept our credentials ({detail}). Check the settings "
+            "CONCORD_KAFKA__SASL__…, first MECHANISM, USERNAME and PASSWORD_FILE.",
         )
         self.bootstrap_servers = bootstrap_servers
         self.detail = detail

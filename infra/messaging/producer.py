@@ -32,6 +32,7 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
 )
 
+from infra.messaging.connection import Kafka, KafkaConnection, start, why_unreachable
 from infra.messaging.errors import (
     BrokerUnavailableError,
     DeliveryFailedError,
@@ -66,14 +67,14 @@ class EventProducer:
 
     def __init__(
         self,
-        bootstrap_servers: str,
+        kafka: Kafka,
         *,
         client_id: str = "concord",
         linger_ms: int = 3,
         delivery_timeout_ms: int = 30_000,
         max_request_bytes: int = MAX_REQUEST_BYTES,
     ) -> None:
-        self._bootstrap_servers = bootstrap_servers
+        self._kafka = KafkaConnection.of(kafka)
         self._client_id = client_id
         self._linger_ms = linger_ms
         self._delivery_timeout_s = delivery_timeout_ms / 1000
@@ -127,7 +128,7 @@ class EventProducer:
                 await self._generation.close(self._generation.failure)
             generation = _Generation(
                 AIOKafkaProducer(
-                    bootstrap_servers=self._bootstrap_servers,
+                    **self._kafka.client_options(),
                     client_id=self._client_id,
                     acks="all",
                     enable_idempotence=True,
@@ -136,7 +137,7 @@ class EventProducer:
                     max_request_size=self._max_request_bytes,
                     request_timeout_ms=int(self._delivery_timeout_s * 1000),
                 ),
-                self._bootstrap_servers,
+                self._kafka,
                 self._delivery_timeout_s,
                 self._max_request_bytes,
             )
@@ -149,11 +150,12 @@ class _Generation:
     """One inner producer and the messages that it still owes."""
 
     def __init__(
-        self, inner: AIOKafkaProducer, bootstrap_servers: str, delivery_timeout_s: float, max_request_bytes: int
+        self, inner: AIOKafkaProducer, kafka: KafkaConnection, delivery_timeout_s: float, max_request_bytes: int
     ) -> None:
         self.failure: MessagingError | None = None
         self._inner = inner
-        self._bootstrap_servers = bootstrap_servers
+        self._kafka = kafka
+        self._bootstrap_servers = kafka.bootstrap_servers
         self._delivery_timeout_s = delivery_timeout_s
         self._max_request_bytes = max_request_bytes
         self._known_topics: set[str] = set()
@@ -163,10 +165,10 @@ class _Generation:
     async def begin(self) -> None:
         try:
             async with asyncio.timeout(self._delivery_timeout_s):
-                await self._inner.start()
-        except (KafkaConnectionError, TimeoutError) as error:
+                await start(self._inner, self._kafka)
+        except TimeoutError as error:
             await self._tear_down()
-            raise BrokerUnavailableError(self._bootstrap_servers, str(error)) from error
+            raise await why_unreachable(self._kafka, error) from error
         except KafkaError as error:
             await self._tear_down()
             raise DeliveryFailedError(f"Kafka refused the producer: {error!r}") from error
@@ -322,7 +324,7 @@ class _Generation:
 def _for_the_others(failure: MessagingError) -> MessagingError:
     """A fresh exception for a message that was given up because of `failure`."""
     if isinstance(failure, BrokerUnavailableError):
-        return BrokerUnavailableError(failure.bootstrap_servers, failure.detail)
+        return type(failure)(failure.bootstrap_servers, failure.detail)
     return DeliveryFailedError(f"Given up because an earlier message failed: {failure}")
 
 

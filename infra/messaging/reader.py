@@ -15,6 +15,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaConnectionError, KafkaError
 
+from infra.messaging.connection import Kafka, KafkaConnection, start
 from infra.messaging.errors import BrokerUnavailableError, MessagingError, UnknownTopicError
 
 _REQUEST_TIMEOUT_MS = 15_000
@@ -40,7 +41,7 @@ class Record:
 
 
 async def read_all(
-    bootstrap: str, topics: Sequence[str], *, from_beginning: bool = True, until_end: bool = True
+    kafka: Kafka, topics: Sequence[str], *, from_beginning: bool = True, until_end: bool = True
 ) -> AsyncIterator[Record]:
     """The messages of `topics`, in order within each partition.
 
@@ -48,8 +49,8 @@ async def read_all(
     `from_beginning` reading begins at those ends, which only makes sense without `until_end`.
     Raises BrokerUnavailableError and UnknownTopicError. Close the iterator (`aclosing`) if you leave it early.
     """
-    partitions = await _partitions(bootstrap, topics)
-    async with _consumer(bootstrap) as consumer:
+    partitions = await _partitions(kafka, topics)
+    async with _consumer(kafka) as consumer:
         _know(consumer, partitions)
         ends = await consumer.end_offsets(partitions)
         starts = await consumer.beginning_offsets(partitions) if from_beginning else ends
@@ -82,24 +83,24 @@ async def read_all(
                     consumer.pause(partition)
 
 
-def tail(bootstrap: str, topics: Sequence[str], *, from_beginning: bool = False) -> AsyncIterator[Record]:
+def tail(kafka: Kafka, topics: Sequence[str], *, from_beginning: bool = False) -> AsyncIterator[Record]:
     """The messages of `topics` as they come, for ever."""
-    return read_all(bootstrap, topics, from_beginning=from_beginning, until_end=False)
+    return read_all(kafka, topics, from_beginning=from_beginning, until_end=False)
 
 
-async def end_offsets(bootstrap: str, topics: Sequence[str]) -> dict[Position, int]:
+async def end_offsets(kafka: Kafka, topics: Sequence[str]) -> dict[Position, int]:
     """The offset that each partition's next message will have."""
-    partitions = await _partitions(bootstrap, topics)
-    async with _consumer(bootstrap) as consumer:
+    partitions = await _partitions(kafka, topics)
+    async with _consumer(kafka) as consumer:
         _know(consumer, partitions)
         ends = await consumer.end_offsets(partitions)
     return {(partition.topic, partition.partition): offset for partition, offset in ends.items()}
 
 
-async def committed_offsets(bootstrap: str, group: str) -> dict[Position, int]:
+async def committed_offsets(kafka: Kafka, group: str) -> dict[Position, int]:
     """What a consumer group has acknowledged: the next offset that it will read. Empty for an unknown group."""
     deadline_s = time.monotonic() + _REQUEST_TIMEOUT_MS / 1000
-    async with _admin(bootstrap) as admin:
+    async with _admin(kafka) as admin:
         while True:
             # Every partition is asked for by name: a coordinator that is still loading answers without any, which
             # aiokafka does not tell from a group that has acknowledged nothing.
@@ -121,14 +122,14 @@ async def committed_offsets(bootstrap: str, group: str) -> dict[Position, int]:
             await asyncio.sleep(_RETRY_INTERVAL_S)
 
 
-async def lag(bootstrap: str, group: str, topics: Sequence[str]) -> dict[Position, int]:
+async def lag(kafka: Kafka, group: str, topics: Sequence[str]) -> dict[Position, int]:
     """How many offsets each partition has beyond what the group has acknowledged.
 
     A partition without an acknowledged offset, or with one that retention has passed, counts from its beginning.
     """
-    committed = await committed_offsets(bootstrap, group)
-    partitions = await _partitions(bootstrap, topics)
-    async with _consumer(bootstrap) as consumer:
+    committed = await committed_offsets(kafka, group)
+    partitions = await _partitions(kafka, topics)
+    async with _consumer(kafka) as consumer:
         _know(consumer, partitions)
         ends = await consumer.end_offsets(partitions)
         starts = await consumer.beginning_offsets(partitions)
@@ -139,15 +140,15 @@ async def lag(bootstrap: str, group: str, topics: Sequence[str]) -> dict[Positio
     return lags
 
 
-async def cluster_id(bootstrap: str) -> str:
-    """The identity of the log behind `bootstrap`: positions of one log mean nothing in another."""
-    async with _admin(bootstrap) as admin:
+async def cluster_id(kafka: Kafka) -> str:
+    """The identity of the log behind `kafka`: positions of one log mean nothing in another."""
+    async with _admin(kafka) as admin:
         cluster = await admin.describe_cluster()
     return str(cluster["cluster_id"])
 
 
-async def _partitions(bootstrap: str, topics: Iterable[str]) -> list[TopicPartition]:
-    async with _admin(bootstrap) as admin:
+async def _partitions(kafka: Kafka, topics: Iterable[str]) -> list[TopicPartition]:
+    async with _admin(kafka) as admin:
         # All topics, not these: asking for one by name would create it where the broker is so configured.
         known = {topic["topic"]: topic["partitions"] for topic in await admin.describe_topics()}
     partitions = []
@@ -165,19 +166,19 @@ def _know(consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition]) -> N
 
 
 @contextmanager
-def _translated(bootstrap: str) -> Iterator[None]:
+def _translated(kafka: Kafka) -> Iterator[None]:
     try:
         yield
     except KafkaConnectionError as error:
-        raise BrokerUnavailableError(bootstrap, str(error)) from error
+        raise BrokerUnavailableError(KafkaConnection.of(kafka).bootstrap_servers, str(error)) from error
     except KafkaError as error:
         raise MessagingError(f"Kafka refused the request: {error!r}") from error
 
 
 @asynccontextmanager
-async def _consumer(bootstrap: str) -> AsyncIterator[AIOKafkaConsumer]:
+async def _consumer(kafka: Kafka) -> AsyncIterator[AIOKafkaConsumer]:
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=bootstrap,
+        **KafkaConnection.of(kafka).client_options(),
         group_id=None,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
@@ -185,19 +186,19 @@ async def _consumer(bootstrap: str) -> AsyncIterator[AIOKafkaConsumer]:
         max_partition_fetch_bytes=4 * 1024 * 1024,
     )
     try:
-        with _translated(bootstrap):
-            await consumer.start()
+        with _translated(kafka):
+            await start(consumer, kafka)
             yield consumer
     finally:
         await consumer.stop()
 
 
 @asynccontextmanager
-async def _admin(bootstrap: str) -> AsyncIterator[AIOKafkaAdminClient]:
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap, request_timeout_ms=_REQUEST_TIMEOUT_MS)
+async def _admin(kafka: Kafka) -> AsyncIterator[AIOKafkaAdminClient]:
+    admin = AIOKafkaAdminClient(**KafkaConnection.of(kafka).client_options(), request_timeout_ms=_REQUEST_TIMEOUT_MS)
     try:
-        with _translated(bootstrap):
-            await admin.start()
+        with _translated(kafka):
+            await start(admin, kafka)
             yield admin
     finally:
         await admin.close()

@@ -17,6 +17,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaConnectionError, KafkaError, NoError, TopicAlreadyExistsError, for_code
 
+from infra.messaging.connection import Kafka, KafkaConnection, start
 from infra.messaging.errors import BrokerUnavailableError, TopicError
 
 _REQUEST_TIMEOUT_MS = 15_000
@@ -52,14 +53,14 @@ class TopicDescription:
         return self.partitions > 0
 
 
-async def ensure_topics(bootstrap: str, specs: Sequence[TopicSpec]) -> list[str]:
+async def ensure_topics(kafka: Kafka, specs: Sequence[TopicSpec]) -> list[str]:
     """Create the topics that are missing; the names of those created, in the order of `specs`.
 
     Returns when every declared topic has a leader for each of its partitions, so that a producer's next message
     finds it. Safe to call from several processes at once. Raises BrokerUnavailableError, or TopicError naming the
     topics that Kafka refused and why.
     """
-    async with _admin(bootstrap) as admin:
+    async with _admin(kafka) as admin:
         present = set(await admin.list_topics())
         missing = [spec for spec in specs if spec.name not in present]
         created = await _create(admin, missing) if missing else []
@@ -67,9 +68,9 @@ async def ensure_topics(bootstrap: str, specs: Sequence[TopicSpec]) -> list[str]
     return created
 
 
-async def describe_topics(bootstrap: str, specs: Sequence[TopicSpec]) -> list[TopicDescription]:
+async def describe_topics(kafka: Kafka, specs: Sequence[TopicSpec]) -> list[TopicDescription]:
     """Each declared topic as it is, with what differs from its declaration in words. Raises BrokerUnavailableError."""
-    async with _admin(bootstrap) as admin:
+    async with _admin(kafka) as admin:
         present = {topic["topic"]: topic for topic in await admin.describe_topics()}
         existing = [spec for spec in specs if spec.name in present]
         configs = await _configs(admin, existing)
@@ -155,13 +156,13 @@ async def _configs(admin: AIOKafkaAdminClient, specs: Sequence[TopicSpec]) -> di
 
 
 @asynccontextmanager
-async def _admin(bootstrap: str) -> AsyncIterator[AIOKafkaAdminClient]:
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap, request_timeout_ms=_REQUEST_TIMEOUT_MS)
+async def _admin(kafka: Kafka) -> AsyncIterator[AIOKafkaAdminClient]:
+    admin = AIOKafkaAdminClient(**KafkaConnection.of(kafka).client_options(), request_timeout_ms=_REQUEST_TIMEOUT_MS)
     try:
-        await admin.start()
+        await start(admin, kafka)
         yield admin
     except KafkaConnectionError as error:
-        raise BrokerUnavailableError(bootstrap, str(error)) from error
+        raise BrokerUnavailableError(KafkaConnection.of(kafka).bootstrap_servers, str(error)) from error
     except KafkaError as error:
         raise TopicError(f"Kafka refused the request: {error!r}") from error
     finally:
