@@ -78,6 +78,8 @@ class CoordinatorActor:
         state_window_ms: int = 7 * 24 * 3_600_000,
         max_at_work: int = MAX_AT_WORK,
         timing: Timing,
+        on_sweep: Callable[[str, int, int | None], None] = lambda coordinator, pending, oldest_ms: None,
+        on_pruned: Callable[[str, int], None] = lambda table, rows: None,
     ) -> None:
         self.name = name
         self.incarnation = ""
@@ -90,6 +92,8 @@ class CoordinatorActor:
         self._sweep_interval_s = sweep_interval_s
         self._state_window_ms = state_window_ms
         self._timing = timing
+        self._on_sweep = on_sweep
+        self._on_pruned = on_pruned
         self._predecessors: frozenset[str] = frozenset()
         self._active: set[str] = set()
         self._first_seen_s: dict[str, float] = {}
@@ -316,12 +320,15 @@ class CoordinatorActor:
         pruned = await self._states.prune(
             self._intents, older_than_ms=self._state_window_ms, writer_is_gone=lambda intent: intent.tx_id in gone
         )
+        self._on_pruned(self._states.table.full_name, pruned.committed + pruned.aborted)
         return pruned.committed + pruned.aborted
 
     async def sweep(self) -> int:
         """Settle every intent that no living transaction of this coordinator holds; returns how many are left."""
         living = frozenset(self._active)  # a transaction that ends while we read is settled by itself
         intents = await self._ours()
+        in_doubt = [intent.created_at_ms for intent in intents if not intent.aborted]  # those are settled
+        self._on_sweep(self.name, len(in_doubt), min(in_doubt, default=None))
         now_s = self._clock.monotonic_s()
         self._first_seen_s = {intent.tx_id: self._first_seen_s.get(intent.tx_id, now_s) for intent in intents}
         due = [

@@ -72,8 +72,10 @@ class DomainActor:
         outcome_window_ms: int,
         timing: Timing,
         on_answer: Callable[[str, Answer, float], None] = lambda domain, answer, seconds: None,
+        on_committed: Callable[[str], None] = lambda domain: None,
         on_trouble: Callable[[str, Trouble], None] = lambda domain, trouble: None,
         on_recovered: Callable[[str], None] = lambda kind: None,
+        on_pruned: Callable[[str, int], None] = lambda table, rows: None,
     ) -> None:
         self.name = actor_name(domain.name, shard)
         self.incarnation = ""
@@ -90,6 +92,8 @@ class DomainActor:
         self._outcome_window_ms = outcome_window_ms
         self._timing = timing
         self._on_answer = on_answer
+        self._on_committed = on_committed
+        self._on_pruned = on_pruned
         self._on_trouble = on_trouble
         self._recovery = RecoveryHandler(
             storage,
@@ -134,6 +138,7 @@ class DomainActor:
             timing=self._timing,
             max_command_bytes=self._max_command_bytes,
             on_answer=self._on_answer,
+            on_committed=self._on_committed,
             on_trouble=self._on_trouble,
         )
         self._tasks = [
@@ -212,7 +217,10 @@ class DomainActor:
     async def prune(self) -> int:
         """Delete this shard's outcomes that are older than the window; returns how many."""
         before_ms = self._clock.now_ms() - self._outcome_window_ms
-        return await prune_outcomes(self._storage, outcomes_of(self._domain.name), self._buckets, before_ms=before_ms)
+        table = outcomes_of(self._domain.name)
+        pruned = await prune_outcomes(self._storage, table, self._buckets, before_ms=before_ms)
+        self._on_pruned(table.full_name, pruned)
+        return pruned
 
     async def _every(self, interval_s: float, job: Callable[[], Any]) -> None:
         while True:

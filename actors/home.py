@@ -142,6 +142,7 @@ class Home:
         max_command_bytes: int,
         max_open_commands: int = MAX_OPEN_COMMANDS,
         on_answer: Callable[[str, Answer, float], None] = lambda domain, answer, seconds: None,
+        on_committed: Callable[[str], None] = lambda domain: None,
         on_trouble: Callable[[str, Trouble], None] = lambda domain, trouble: None,
     ) -> None:
         self.open_commands = 0
@@ -157,6 +158,7 @@ class Home:
         self._timing = timing
         self._max_command_bytes = max_command_bytes
         self._on_answer = on_answer
+        self._on_committed = on_committed
         self._on_trouble = on_trouble
         self._outcomes = outcomes_of(domain.name)
         self._coordinator = placement.coordinator_of(participation.actor)
@@ -367,6 +369,7 @@ class Attempt:
             self._workspace.running -= 1
         if decision.trouble is not None:
             raise TroubleError(decision.trouble, decision.detail)
+        self._home._on_committed(self._home._domain.name)
         await reach("home.after_decision")
         return answer
 

@@ -22,6 +22,7 @@ from infra.clock import Clock
 from infra.consensus_commit.coordinator import CoordinatorStates
 from infra.consensus_commit.intents import IntentLog
 from infra.storage.gate import PartitionGate
+from infra.storage.observed import ObservedStorage, OnCall
 from infra.storage.port import Storage
 from schemas.outcome import Answer
 
@@ -47,8 +48,14 @@ class Observer:
     """What an actor tells telemetry; does nothing by default."""
 
     on_answer: Callable[[str, Answer, float], None] = lambda domain, answer, seconds: None
+    on_committed: Callable[[str], None] = lambda domain: None
+    """A transaction of this domain's commands was committed, also one that holds nothing but a refusal."""
     on_trouble: Callable[[str, Trouble], None] = lambda domain, trouble: None
     on_recovered: Callable[[str], None] = lambda kind: None
+    on_sweep: Callable[[str, int, int | None], None] = lambda coordinator, pending, oldest_ms: None
+    """What a coordinator finds not settled: how many transactions, and when the oldest began."""
+    on_pruned: Callable[[str, int], None] = lambda table, rows: None
+    on_storage_call: OnCall | None = None
 
 
 class Actor(Protocol):
@@ -87,6 +94,8 @@ def build_actor(
 ) -> Actor:
     """The actor called `name`, not started. `incarnations` where a process is not what an actor lives and dies with."""
     kind, _, number = name.rpartition("-")
+    if observer.on_storage_call is not None:
+        storage = ObservedStorage(storage, observer.on_storage_call)
     gated = PartitionGate(storage)
     states = CoordinatorStates(gated, clock, backoff_ms=config.timing.state_backoff_ms)
     incarnations = incarnations or Incarnations(storage, clock)
@@ -102,6 +111,8 @@ def build_actor(
             sweep_interval_s=config.sweep_interval_s,
             state_window_ms=config.outcome_window_ms,
             timing=config.timing,
+            on_sweep=observer.on_sweep,
+            on_pruned=observer.on_pruned,
         )
     if kind == VIEWS:
         from actors.view_actor import ViewActor
@@ -121,6 +132,8 @@ def build_actor(
         outcome_window_ms=config.outcome_window_ms,
         timing=config.timing,
         on_answer=observer.on_answer,
+        on_committed=observer.on_committed,
         on_trouble=observer.on_trouble,
         on_recovered=observer.on_recovered,
+        on_pruned=observer.on_pruned,
     )

@@ -9,10 +9,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.messages import Trouble
 from actors.system import Observer
-from infra.telemetry import Metrics, configure_logging, open_metrics
-from schemas.outcome import Answer
+from infra.metrics import open_metrics
+from infra.telemetry import configure_logging
+from scripts.measuring import observer
 
 PREPARE = "scripts.actor_process:prepare"
 """How the supervisor names `prepare` to the Ray runtime."""
@@ -33,22 +33,4 @@ def prepare(name: str, argument: str) -> Observer:
     """Set up the process of actor `name`; `argument` comes from ActorProcess.to_argument."""
     process = ActorProcess(**json.loads(argument))
     configure_logging(process.log_level, process=name)
-    return observer(open_metrics(Path(process.metrics_dir)))
-
-
-def observer(metrics: Metrics) -> Observer:
-    """Count what an actor tells."""
-
-    def on_answer(domain: str, answer: Answer, seconds: float) -> None:
-        metrics.commands.labels(domain, answer.type or "unreadable", answer.status).inc()
-        metrics.transaction_seconds.labels(domain, answer.status).observe(seconds)
-
-    def on_trouble(domain: str, trouble: Trouble) -> None:
-        if trouble is Trouble.CONFLICT:
-            metrics.conflicts.labels(domain).inc()
-        metrics.retries.labels(domain, trouble.value).inc()
-
-    def on_recovered(kind: str) -> None:
-        metrics.recovered.labels(kind).inc()
-
-    return Observer(on_answer, on_trouble, on_recovered)
+    return observer(open_metrics(Path(process.metrics_dir), name))

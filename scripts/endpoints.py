@@ -15,8 +15,9 @@ from typing import Any
 
 from aiohttp import web
 
+from infra.metrics import metrics_page
 from infra.servers.errors import PortTakenError
-from infra.telemetry import metrics_page
+from scripts.measuring import parts_ready, processes_of_run
 from scripts.preflight import HOST
 
 Readiness = Callable[[], Mapping[str, Any]]
@@ -75,5 +76,8 @@ class Endpoints:
         return web.json_response(state, status=200 if state["ready"] else 503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        page = await asyncio.to_thread(metrics_page, self._metrics_directory)
+        parts = parts_ready(self._readiness())
+        page = await asyncio.to_thread(
+            lambda: metrics_page(self._metrics_directory, processes=processes_of_run(), parts=parts)
+        )
         return web.Response(body=page, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})

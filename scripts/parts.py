@@ -21,10 +21,10 @@ import aiohttp
 
 from infra.config import Settings
 from infra.messaging.topics import ensure_topics
+from infra.metrics import metrics_environment
 from infra.servers import guard
 from infra.servers.kafka import LocalKafka
 from infra.servers.processes import ChildProcess, spawn
-from infra.telemetry import metrics_environment
 from scripts import preflight
 from scripts.actor_process import PREPARE, ActorProcess
 from scripts.wiring import kafka_topics, system_config

@@ -47,10 +47,10 @@ import aiohttp
 import structlog
 
 from infra.config import Settings
+from infra.metrics import clear_metrics
 from infra.servers import guard
 from infra.servers.guard import Guard
 from infra.storage.connect import connect
-from infra.telemetry import clear_metrics
 from scripts import preflight
 from scripts.cli.system import runtime_path, write_atomically
 from scripts.endpoints import Endpoints

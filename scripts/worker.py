@@ -13,7 +13,6 @@ import faulthandler
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +20,11 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from infra.config import Settings
-from infra.telemetry import configure_logging, open_metrics
+from infra.metrics import Metrics, open_metrics
+from infra.telemetry import configure_logging
 
 if TYPE_CHECKING:
-    from infra.telemetry import Metrics
-    from streams.app import WorkerObserver, WorkerOptions
+    from streams.app import WorkerOptions
 
 EXIT_NOT_STARTED = 1
 
@@ -77,42 +76,15 @@ def worker_options(setup: WorkerSetup, *, name: str, health_port: int) -> Worker
     )
 
 
-def worker_observer(metrics: Metrics) -> WorkerObserver:
-    """Counts what the worker tells."""
-    from prometheus_client import REGISTRY, generate_latest
-
-    from schemas.outcome import DEAD_LETTERED, Answer
-    from schemas.topics import dead_letters_topic
-    from streams.app import WorkerObserver
-    from streams.partitions import Partition
-
-    def answered(domain: str, answer: Answer) -> None:
-        if answer.status == DEAD_LETTERED:
-            metrics.dead_letters.labels(topic=dead_letters_topic(domain), reason=answer.reason).inc()
-
-    def lag(partition: Partition, messages: int) -> None:
-        metrics.consumer_lag.labels(topic=partition[0], partition=str(partition[1])).set(messages)
-
-    def last_progress(partition: Partition, seconds_ago: float) -> None:
-        labelled = metrics.last_progress.labels(topic=partition[0], partition=str(partition[1]))
-        labelled.set(time.time() - seconds_ago)
-
-    return WorkerObserver(
-        answered=answered,
-        last_progress=last_progress,
-        batch=lambda domain, commands: metrics.batch_size.labels(domain=domain).observe(commands),
-        lag=lag,
-        page=lambda: generate_latest(REGISTRY),
-    )
-
-
 async def _run(setup: WorkerSetup, connect: Callable[[str], object], metrics: Metrics, name: str, port: int) -> None:
+    from scripts.measuring import worker_observer
     from streams.app import StreamWorker
 
     runtime = connect(setup.ray_address)  # blocks for a second or two: nothing else runs yet
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray has put its own in place; Faust puts the right one later
     options = worker_options(setup, name=name, health_port=port)
-    await StreamWorker(options, runtime, observer=worker_observer(metrics)).run()  # type: ignore[arg-type]
+    observer = worker_observer(metrics, setup.settings, options)
+    await StreamWorker(options, runtime, observer=observer).run()  # type: ignore[arg-type]
 
 
 def main() -> None:
@@ -126,7 +98,7 @@ def main() -> None:
     faulthandler.enable()
     # Before Ray or Faust are imported: prometheus_client learns only at its first import what is shared.
     shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-    metrics = open_metrics(Path(shared) if shared else setup.settings.data_dir / "metrics")
+    metrics = open_metrics(Path(shared) if shared else setup.settings.data_dir / "metrics", arguments.name)
     from actors.ray_runtime import connect
 
     code = 0

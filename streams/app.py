@@ -82,9 +82,12 @@ class WorkerOptions:
 class WorkerObserver:
     """What a worker tells telemetry; does nothing by default."""
 
-    answered: Callable[[str, Answer], None] = lambda domain, answer: None
+    answered: Callable[[str, Answer, int], None] = lambda domain, answer, sent_at_ms: None
     batch: Callable[[str, int], None] = lambda domain, commands: None
     lag: Callable[[Partition, int], None] = lambda partition, lag: None
+    oldest: Callable[[Partition, int | None], None] = lambda partition, oldest_ms: None
+    """The timestamp of the oldest message that this worker has taken and not finished."""
+    in_flight: Callable[[int, int], None] = lambda messages, waiting_bytes: None
     last_progress: Callable[[Partition, float], None] = lambda partition, seconds_ago: None
     page: Callable[[], bytes] = lambda: b""
 
@@ -338,15 +341,31 @@ class StreamWorker:
         return None if self._assigned is None else self._consumer.membership_error()
 
     async def _beat(self) -> None:
+        told: set[Partition] = set()
         while True:
             self._watchdog.beat()
-            now_s = asyncio.get_running_loop().time()
-            for partition, state in self.lag.states().items():
-                if state.lag is not None:
-                    self._observer.lag(partition, state.lag)
-                if state.progress is not None:
-                    self._observer.last_progress(partition, now_s - state.progress.last_attempt_s)
+            told = self._tell(told)
             await asyncio.sleep(1.0)
+
+    def _tell(self, before: set[Partition]) -> set[Partition]:
+        """Tell telemetry how things stand; the partitions that were told of. Those `before` that are gone lag no more
+        here: whoever has them now says how they do."""
+        now_s = asyncio.get_running_loop().time()
+        states = self.lag.states()
+        for partition in before - states.keys():
+            self._observer.lag(partition, 0)
+            self._observer.oldest(partition, None)
+        in_flight = 0
+        for partition, state in states.items():
+            if state.lag is not None:
+                self._observer.lag(partition, state.lag)
+            progress = state.progress
+            if progress is not None:
+                in_flight += progress.waiting + progress.at_work
+                self._observer.last_progress(partition, now_s - progress.last_attempt_s)
+            self._observer.oldest(partition, None if progress is None else progress.oldest_ms)
+        self._observer.in_flight(in_flight, sum(pipelines.waiting_bytes for pipelines in self._kinds))
+        return set(states)
 
     async def _acknowledge(self, offsets: Mapping[Partition, int]) -> None:
         await self._consumer.acknowledge(offsets)

@@ -51,8 +51,8 @@ class Producer(Protocol):
 
 
 class CommandProcessor:
-    """The work of the command topics. `answered(domain, answer, sent_at_ms)` is told of each answer once it is published,
-    with the timestamp of its command."""
+    """The work of the command topics. `answered(domain, answer, sent_at_ms)` is told of each answer once it is
+    published, with the timestamp of its command."""
 
     def __init__(
         self,

@@ -106,19 +106,33 @@ class _Pipeline:
     next_offered: int | None = None
     next_finished: int | None = None
     at_work: int = 0
+    at_work_since_ms: int | None = None
     paused: bool = False
     last_attempt_s: float = 0.0
     task: asyncio.Task[None] | None = None
 
 
+def _oldest_ms(pipeline: _Pipeline) -> int | None:
+    if pipeline.at_work:
+        return pipeline.at_work_since_ms
+    try:
+        return pipeline.waiting[0].raw.timestamp_ms
+    except IndexError:  # emptied meanwhile, by the loop's own thread
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A partition as the watchdog, the metrics and `/healthz` see it."""
+    """A partition as the watchdog, the metrics and `/healthz` see it.
+
+    `oldest_ms` is the timestamp of the oldest message that was taken and is not finished; None when there is none.
+    """
 
     waiting: int
     at_work: int
     next_finished: int | None
     last_attempt_s: float
+    oldest_ms: int | None = None
 
 
 class Pipelines:
@@ -201,7 +215,7 @@ class Pipelines:
     def progress(self) -> Mapping[Partition, Progress]:
         """Every partition that has had a message in this generation. May be called from any thread."""
         return {
-            partition: Progress(len(one.waiting), one.at_work, one.next_finished, one.last_attempt_s)
+            partition: Progress(len(one.waiting), one.at_work, one.next_finished, one.last_attempt_s, _oldest_ms(one))
             for partition, one in list(self._pipelines.items())
         }
 
@@ -243,7 +257,7 @@ class Pipelines:
         if not await self._follows(pipeline):
             return
         batch = self._take(pipeline)
-        pipeline.at_work = len(batch)
+        pipeline.at_work, pipeline.at_work_since_ms = len(batch), batch[0].raw.timestamp_ms
 
         def tried() -> None:
             pipeline.last_attempt_s = self._monotonic_s()

@@ -255,14 +255,15 @@ async def test_a_batch_that_is_done_again_publishes_the_same_messages() -> None:
 async def test_answers_are_told_once_they_are_published() -> None:
     producer, told = FakeProducer(), []
 
-    def answered(domain: str, answer: Any) -> None:
+    def answered(domain: str, answer: Any, sent_at_ms: int) -> None:
         assert len(producer.confirmed) == len(producer.sent)
-        told.append((domain, answer.id, answer.status))
+        told.append((domain, answer.id, answer.status, sent_at_ms))
 
     commands = batch(("c0", b"k", b"{}"), ("c1", b"k", b"poison"))
     await processor(RememberingRuntime(), producer, answered=answered).work(PARTITION, commands, nothing)
 
-    assert told == [("test", "c0", "committed"), ("test", "c1", "dead-lettered")]
+    times_ms = [command.raw.timestamp_ms for command in commands]
+    assert told == [("test", "c0", "committed", times_ms[0]), ("test", "c1", "dead-lettered", times_ms[1])]
 
 
 async def test_every_failpoint_of_a_batch_is_reached_in_its_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,20 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
 
-from infra.telemetry import (
-    METRICS,
-    Kind,
-    bind_ids,
-    configure_logging,
-    get_logger,
-    make_metrics,
-    metrics_environment,
-    metrics_page,
-    open_metrics,
-    parse_metrics,
-)
+from infra.telemetry import bind_ids, configure_logging, get_logger
 
 HOSTILE = [
     "two\nlines",
@@ -157,69 +144,9 @@ def test_an_uncaught_exception_is_a_json_line_on_stderr() -> None:
     assert ended.returncode == 1
 
 
-def test_importing_telemetry_imports_neither_structlog_nor_prometheus() -> None:
-    program = "import sys, infra.telemetry; print({'structlog', 'prometheus_client'} & set(sys.modules))"
+def test_importing_telemetry_and_metrics_imports_neither_structlog_nor_prometheus() -> None:
+    modules = "infra.telemetry, infra.metrics"
+    program = f"import sys, {modules}; print({{'structlog', 'prometheus_client'}} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
 
     assert ended.stdout.strip() == "set()"
-
-
-COUNTING = """
-import sys
-from pathlib import Path
-from infra.telemetry import open_metrics
-number = int(sys.argv[2])
-metrics = open_metrics(Path(sys.argv[1]))
-metrics.commands.labels(domain="orders", type="PlaceOrder", outcome="committed").inc(number)
-metrics.batch_size.labels(domain="orders").observe(number)
-metrics.consumer_lag.labels(topic="orders.commands", partition="0").set(number)
-from prometheus_client import Counter
-Counter("somebody_elses", "Not ours.").inc()
-"""
-
-
-def test_processes_that_have_ended_count_together(tmp_path: Path) -> None:
-    for number in (3, 4):
-        subprocess.run([sys.executable, "-c", COUNTING, str(tmp_path), str(number)], timeout=60, check=True)
-
-    page = metrics_page(tmp_path)
-    values = parse_metrics(page)
-    placed = (("domain", "orders"), ("outcome", "committed"), ("type", "PlaceOrder"))
-    assert values["concord_commands_total", placed] == 7
-    assert values["concord_batch_commands_sum", (("domain", "orders"),)] == 7
-    assert values["concord_batch_commands_count", (("domain", "orders"),)] == 2
-    assert values["concord_batch_commands_bucket", (("domain", "orders"), ("le", "4.0"))] == 2
-    lag = (("partition", "0"), ("topic", "orders.commands"))
-    assert values["concord_consumer_lag_messages", lag] == 4, "the process that spoke last is right"
-    assert b"# HELP concord_commands_total Commands answered, by outcome." in page
-    assert b"somebody_elses" not in page
-
-
-def test_an_empty_directory_is_an_empty_page(tmp_path: Path) -> None:
-    assert metrics_page(tmp_path) == b""
-
-
-def test_metrics_that_would_stay_in_the_process_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="metrics_environment"):
-        open_metrics(tmp_path)  # this test imported prometheus_client long ago
-
-    assert metrics_environment(tmp_path)["PROMETHEUS_MULTIPROC_DIR"] == str(tmp_path)
-    assert os.environ.get("PROMETHEUS_MULTIPROC_DIR") != str(tmp_path)
-
-
-def test_every_row_of_the_table_is_a_metric_that_counts() -> None:
-    registry = CollectorRegistry()
-    metrics = make_metrics(registry)
-    for row in METRICS:
-        metric = getattr(metrics, row.field).labels(*["x"] * len(row.labels))
-        match row.kind:
-            case Kind.COUNTER:
-                metric.inc()
-            case Kind.GAUGE:
-                metric.set(1)
-            case Kind.HISTOGRAM:
-                metric.observe(1)
-
-    samples = {name for name, _labels in parse_metrics(generate_latest(registry))}
-    for row in METRICS:
-        assert {row.name, f"{row.name}_total", f"{row.name}_count"} & samples, row
