@@ -32,6 +32,7 @@ from actors.messages import (
 )
 from actors.outcomes import outcomes_of, prune_outcomes
 from actors.participation import Participation
+from actors.pausing import PauseRenewal, PauseRequest
 from actors.runtime import Mailroom, Placement, actor_name
 from actors.timing import Timing
 from infra.clock import Clock
@@ -168,6 +169,15 @@ class DomainActor:
             commands = await self._domain.due(_OwnRows(self), now_ms)
             found.append([(id, c.type_name(), c.model_dump_json().encode(), c.routing_key) for id, c in commands])
         return found
+
+    async def pause(self, requests: list[PauseRequest]) -> list[bool]:
+        return [await self._as_home.pausing.pause(request) for request in requests]
+
+    async def renew_pause(self, renewals: list[PauseRenewal]) -> list[bool]:
+        return [self._as_home.pausing.renew(renewal) for renewal in renewals]
+
+    async def resume(self, names: list[str]) -> list[bool]:
+        return [self._as_home.pausing.resume(name) for name in names]
 
     # ---- as participant --------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from actors.domain import Domain, Refused
 from actors.messages import Age, CommitRecords, CommitRequest, Decision, Emitted, Rollback, Share, Trouble
 from actors.outcomes import outcome_row, outcomes_of
 from actors.participation import Participation, Workspace, json_safe
+from actors.pausing import Pausing
 from actors.runtime import ActorBusyError, Mailroom, Placement
 from actors.timing import Timing
 from actors.work import CONCORD_NAMESPACE, Calls, TroubleError, Work, trouble_of
@@ -162,6 +163,7 @@ class Home:
         self._on_trouble = on_trouble
         self._outcomes = outcomes_of(domain.name)
         self._coordinator = placement.coordinator_of(participation.actor)
+        self.pausing = Pausing(participation.actor)
         self._turns: dict[bytes, _Turn] = {}
         self._letting_go: set[asyncio.Task[None]] = set()
 
@@ -193,7 +195,8 @@ class Home:
             try:
                 async with turn.lock:
                     for index in chain:
-                        answers[index] = await self.answer(batch[index])
+                        async with self.pausing.command():
+                            answers[index] = await self.answer(batch[index])
             finally:
                 turn.users -= 1
                 if not turn.users:

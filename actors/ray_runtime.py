@@ -44,6 +44,9 @@ METHODS = (
     "drain",
     "health",
     "apply",
+    "pause",
+    "renew_pause",
+    "resume",
 )
 """What actors can be asked; one Ray method each, so that the dashboard tells them apart."""
 
