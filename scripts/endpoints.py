@@ -2,7 +2,7 @@
 
 /          what there is
 /healthz   200 while the supervisor's loop turns
-/readyz    200 when Kafka serves, every actor answers and every worker has its partitions; 503 and why not
+/readyz    200 when Kafka and storage serve, every actor answers and every worker has its partitions; 503 and why not
 /metrics   the metrics of all processes, added up
 """
 

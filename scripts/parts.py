@@ -1,6 +1,10 @@
 """The parts that the supervisor holds together, and how each is started: the only place that knows their programs.
 
-`Parts` says what a system is made of. `REAL` is Kafka, Ray and stream workers; tests use stand-ins that start at once.
+`Parts` says what a system is made of. `REAL` is the servers of the profile, Ray and stream workers; tests use stand-ins
+that start at once.
+
+Whatever must know where a server is gets the settings as they are when it starts: `Settings.located`, whose addresses
+are those that the servers turned out to have.
 """
 
 from __future__ import annotations
@@ -10,8 +14,7 @@ import logging
 import os
 import signal
 import sys
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,38 +26,19 @@ from infra.config import Settings
 from infra.messaging.topics import ensure_topics
 from infra.metrics import metrics_environment
 from infra.servers import guard
-from infra.servers.kafka import LocalKafka
 from infra.servers.processes import ChildProcess, spawn
+from infra.storage.connect import connect
 from scripts import preflight
 from scripts.actor_process import PREPARE, ActorProcess
-from scripts.wiring import kafka_topics, system_config
-
-Progress = Callable[[str], None]
+from scripts.outside import Outside, servers_outside
+from scripts.servers import Progress, Server, local_cassandra, local_kafka
+from scripts.wiring import create_tables, kafka_topics, system_config
 
 WORKER_GRACE_S = 30.0
 """How long a worker may take to finish what it is at."""
 
-PAUSES_S = (0.5, 8.0)
-"""The first and the longest pause before a part that ended is started again; doubled from one to the other."""
-
-STEADY_AFTER_S = 10.0
-"""A part that lived so long before it ended begins with the first pause again."""
-
 _RAY_CORE = ("gcs_server", "raylet")
 """Ray's own processes without which a cluster is none."""
-
-
-class Kafka(Protocol):
-    """`infra.servers.kafka.LocalKafka`, as far as it is used here."""
-
-    @property
-    def pid(self) -> int | None: ...
-
-    async def start(self) -> str: ...
-
-    async def wait(self) -> int: ...
-
-    async def stop(self) -> None: ...
 
 
 class Cluster(Protocol):
@@ -65,6 +49,10 @@ class Cluster(Protocol):
 
     async def health(self, timeout_s: float = ...) -> dict[str, Any]: ...
 
+    async def drain(self, name: str, *, within_s: float) -> bool: ...
+
+    async def restart(self, name: str, *, within_s: float) -> None: ...
+
     def stop(self) -> None: ...
 
 
@@ -72,8 +60,14 @@ class Cluster(Protocol):
 class Parts:
     """How each part is started. `start_cluster` blocks, for a run whose processes carry the guard's mark."""
 
-    kafka: Callable[[Settings, Progress], Kafka]
-    declare_topics: Callable[[str, Settings], Awaitable[object]]
+    kafka: Callable[[Settings, Progress], Server | None]
+    """Of the profile; None where the settings name one of somebody else's."""
+    cassandra: Callable[[Settings, Progress], Server | None]
+    """Of the profile; None where the storage is another one."""
+    outside: Callable[[Settings], Sequence[Outside]]
+    """The servers of somebody else's that the profile uses."""
+    create_tables: Callable[[Settings], Awaitable[object]]
+    declare_topics: Callable[[Settings], Awaitable[object]]
     start_cluster: Callable[[Settings], Cluster]
     cluster_core: Callable[[str], list[int]]
     """Of a run: the processes without which its cluster is none."""
@@ -83,17 +77,24 @@ class Parts:
     """The program of a worker: its name, the directory, its health port."""
 
 
-def _local_kafka(settings: Settings, progress: Progress) -> Kafka:
-    return LocalKafka(
-        settings.data_dir / "kafka",
-        port=settings.kafka.port or None,
-        heap_mb=settings.kafka.heap_mb,
-        progress=progress,
-    )
+def _kafka(settings: Settings, progress: Progress) -> Server | None:
+    return None if settings.profile == "cluster" else local_kafka(settings, progress)
 
 
-async def _declare_topics(bootstrap_servers: str, settings: Settings) -> None:
-    await ensure_topics(bootstrap_servers, kafka_topics(settings))
+def _cassandra(settings: Settings, progress: Progress) -> Server | None:
+    return local_cassandra(settings, progress) if settings.profile == "stack" else None
+
+
+async def _create_tables(settings: Settings) -> None:
+    storage = connect(settings.storage_url)
+    try:
+        await create_tables(settings, storage)
+    finally:
+        await storage.close()
+
+
+async def _declare_topics(settings: Settings) -> None:
+    await ensure_topics(",".join(settings.kafka.bootstrap_servers), kafka_topics(settings))
 
 
 def _start_ray(settings: Settings) -> Cluster:
@@ -147,7 +148,10 @@ def _stream_worker(name: str, directory: Path, health_port: int) -> list[str]:
 
 
 REAL = Parts(
-    kafka=_local_kafka,
+    kafka=_kafka,
+    cassandra=_cassandra,
+    outside=servers_outside,
+    create_tables=_create_tables,
     declare_topics=_declare_topics,
     start_cluster=_start_ray,
     cluster_core=_ray_core,
@@ -163,7 +167,9 @@ class Worker:
         self.name = name
         self.state = "down"
         self.renewing = False
-        """It was killed to be started anew at once, which is no failure."""
+        """It was ended to be started anew at once, which is no failure."""
+        self.leaving = False
+        """It was told to leave, and is not started again."""
         self.ended_unready = 0
         """How often in a row it ended without having been ready."""
         self.log_path = directory / "logs" / f"{name}.log"
@@ -200,10 +206,19 @@ class Worker:
         if self._process is not None:
             self._process.kill()
 
-    async def stop(self) -> None:
-        """SIGTERM, and SIGKILL when it takes too long to finish what it is at."""
-        if self._process is not None:
-            await self._process.stop(grace_s=WORKER_GRACE_S)
+    async def stop(self) -> int:
+        """SIGTERM, and SIGKILL when it takes too long to finish what it is at; the exit code."""
+        return 0 if self._process is None else await self._process.stop(grace_s=WORKER_GRACE_S)
+
+    async def leave(self) -> int:
+        """The same for good: the others of its group get its partitions at once. The exit code."""
+        self.leaving = True
+        if self.pid is None or self._process is None:
+            return 0
+        self._process.send_signal(signal.SIGUSR1)
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(self._process.wait(), WORKER_GRACE_S)
+        return await self.stop()
 
     async def ask(self, session: aiohttp.ClientSession) -> None:
         """Learn from its health port how it is."""
@@ -215,25 +230,6 @@ class Worker:
                 self.ended_unready = 0 if self.ready else self.ended_unready
         except (aiohttp.ClientError, TimeoutError, OSError):
             self.state = "silent"
-
-
-class Pauses:
-    """Growing pauses between restarts, from the first again after a steady time. `now_s` is a monotonic clock."""
-
-    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
-        self._now_s = now_s
-        self._next_s = PAUSES_S[0]
-        self._started_s = now_s()
-
-    def next(self) -> float:
-        """How long to wait before the next start."""
-        now_s = self._now_s()
-        if now_s - self._started_s > STEADY_AFTER_S:
-            self._next_s = PAUSES_S[0]
-        pause_s = self._next_s
-        self._next_s = min(pause_s * 2, PAUSES_S[1])
-        self._started_s = now_s + pause_s
-        return pause_s
 
 
 async def first_to_end(pids: list[int]) -> None:

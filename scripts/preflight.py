@@ -24,7 +24,12 @@ HOST = "127.0.0.1"
 PORTS: tuple[tuple[str, str, Callable[[Settings], int]], ...] = (
     ("CONCORD_HTTP_PORT", "metrics and health", lambda settings: settings.http_port),
     ("CONCORD_DASHBOARD_PORT", "the Ray dashboard", lambda settings: settings.dashboard_port),
-    ("CONCORD_KAFKA__PORT", "Kafka", lambda settings: settings.kafka.port),
+    ("CONCORD_KAFKA__PORT", "Kafka", lambda settings: settings.kafka.port if settings.profile != "cluster" else 0),
+    (
+        "CONCORD_CASSANDRA__PORT",
+        "Cassandra",
+        lambda settings: settings.cassandra.port if settings.profile == "stack" else 0,
+    ),
 )
 """Ports that are taken for ourselves: the setting, what listens there, its value (0: a free one is chosen)."""
 

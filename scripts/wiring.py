@@ -5,6 +5,7 @@ The supervisor, the workers and the command line build what they need here, so t
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from actors.incarnations import INCARNATIONS
 from actors.outcomes import outcomes_of
 from actors.runtime import Placement
 from actors.system import SystemConfig, load_domains
+from actors.timing import Timing
 from infra.clock import SystemClock
 from infra.config import HOUR_MS, Settings
 from infra.consensus_commit.coordinator import CoordinatorStates
@@ -84,6 +86,7 @@ def system_config(settings: Settings) -> SystemConfig:
         max_command_bytes=settings.kafka.max_command_bytes,
         outcome_window_ms=settings.outcome.window_hours * HOUR_MS,
         sweep_interval_s=settings.recovery.sweep_interval_ms / 1000,
+        timing=Timing(transaction_lifetime_ms=settings.recovery.transaction_lifetime_ms),
     )
 
 
@@ -99,6 +102,21 @@ def domain_tables(settings: Settings) -> list[Table[Any]]:
         for table in (*domain.tables, outcomes_of(domain.name)):
             found[table.full_name] = table
     return list(found.values())
+
+
+TABLES_AT_ONCE = 4
+"""How many tables are created side by side: each is some round trips and, in Cassandra, a change of the schema."""
+
+
+async def create_tables(settings: Settings, storage: Storage) -> None:
+    """Create the tables that are missing. Raises a StorageError."""
+    permits = asyncio.Semaphore(TABLES_AT_ONCE)
+
+    async def create(table: TableSchema) -> None:
+        async with permits:
+            await storage.create_table(table)
+
+    await asyncio.gather(*map(create, stored_tables(settings, storage)))
 
 
 def stored_tables(settings: Settings, storage: Storage) -> Sequence[TableSchema]:

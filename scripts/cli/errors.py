@@ -35,6 +35,7 @@ EXPECTED: Mapping[str, ExitCode] = {
     "infra.messaging.errors.MessagingError": ExitCode.UNREACHABLE,
     "scripts.reading.StillInDoubtError": ExitCode.UNREACHABLE,
     "scripts.up.StartFailedError": ExitCode.FAILED,
+    "scripts.outside.SilentServerError": ExitCode.UNREACHABLE,
     "builtins.OSError": ExitCode.FAILED,
 }
 

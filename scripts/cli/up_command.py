@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from scripts.cli.errors import CommandError
-from scripts.cli.exit_codes import ExitCode
 from scripts.cli.options import DEFAULT_DIRECTORY, Data, Shape, command
 from scripts.cli.output import Output, note
 
@@ -16,15 +14,19 @@ def register(app: typer.Typer) -> None:
     @command(app, "up")
     def up(
         profile: Annotated[
-            str | None, typer.Option(help="Which servers it runs on: local (the others come later).")
+            str | None,
+            typer.Option(
+                help="Which servers it runs on: local (Kafka and SQLite), stack (Kafka and Cassandra, started here), "
+                "or cluster (your own, by their settings)."
+            ),
         ] = None,
         data: Data = DEFAULT_DIRECTORY,
         output: Shape = None,
     ) -> None:
         """Run the system until Ctrl-C.
 
-        Starts Kafka, Ray with the domains' actors, and the stream workers; data lives in DIR. A second start on the
-        same directory continues from its state. Prints one line when ready.
+        Starts the profile's servers, Ray with the domains' actors, and the stream workers; data lives in DIR. A
+        second start on the same directory continues from its state. Prints one line when ready.
         """
         import asyncio
         import sys
@@ -37,11 +39,6 @@ def register(app: typer.Typer) -> None:
 
         shape = Output.of(output)
         settings = load_settings(data_dir=data, profile=profile)
-        if settings.profile != "local":
-            raise CommandError(
-                f"Profile {settings.profile} is not built yet; it comes with a later version. Use --profile local.",
-                ExitCode.USAGE,
-            )
         configure_logging(settings.log_level, process="supervisor")
         from scripts.up import Addresses, supervise
 

@@ -176,7 +176,6 @@ def test_the_code_of_many_outcomes_is_the_worst() -> None:
         (("tx", "show", "an-id"), ExitCode.UNREACHABLE),
         (("tx", "recover", "an-id"), ExitCode.UNREACHABLE),
         (("tx", "finish", "an-id"), ExitCode.UNREACHABLE),
-        (("up", "--profile", "stack"), ExitCode.USAGE),
         (("up", "--profile", "moon"), ExitCode.USAGE),
     ],
 )

@@ -1,4 +1,4 @@
-"""The supervisor with stand-ins for Kafka, Ray and workers: real processes that start at once and do nothing.
+"""The supervisor with stand-ins for the servers, Ray and workers: real processes that start at once and do nothing.
 
 What is shown is the supervisor's own work: order of start and stop, readiness, restarts, what it tells others.
 """
@@ -24,9 +24,12 @@ from infra.config import Settings, load_settings
 from infra.servers import guard
 from infra.servers.errors import ServerDiedError
 from infra.servers.processes import ChildProcess, spawn
-from scripts import up
+from infra.storage.errors import UnavailableStorageError
+from scripts import outside, up
 from scripts.cli.system import System
-from scripts.parts import Parts, Pauses, first_to_end
+from scripts.outside import SilentServerError, wait_until_reachable
+from scripts.parts import Parts, first_to_end
+from scripts.servers import Pauses
 from scripts.up import Addresses, StartFailedError, supervise
 
 SLEEP = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(300)"]
@@ -47,29 +50,42 @@ class World:
 
     directory: Path
     events: list[str] = field(default_factory=list)
-    addresses: list[str] = field(default_factory=lambda: ["127.0.0.1:1001"])
-    """Of Kafka's starts, one after the other; the last stays."""
+    profile: str = "local"
+    addresses: dict[str, list[str]] = field(
+        default_factory=lambda: {"kafka": ["127.0.0.1:1001"], "cassandra": ["127.0.0.1:3001"]}
+    )
+    """Of the starts of each server, one after the other; the last stays."""
     worker: list[str] = field(default_factory=lambda: [sys.executable, "-I", "-S", "-c", HEALTHY])
-    kafka: ChildProcess | None = None
+    servers: dict[str, ChildProcess] = field(default_factory=dict)
     core: subprocess.Popen[bytes] | None = None
     broken_starts: int = 0
     ready: list[Addresses] = field(default_factory=list)
+    outside: list[StandInOutside] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+    """Where the actors of each cluster look for the storage."""
 
     def parts(self) -> Parts:
         return Parts(
-            kafka=lambda settings, progress: StandInKafka(self),
+            kafka=lambda settings, progress: None if self.profile == "cluster" else StandInServer(self, "kafka"),
+            cassandra=lambda settings, progress: StandInServer(self, "cassandra") if self.profile == "stack" else None,
+            outside=lambda settings: self.outside,
+            create_tables=self._create_tables,
             declare_topics=self._declare_topics,
             start_cluster=self._start_cluster,
             cluster_core=lambda run: [] if self.core is None else [self.core.pid],
-            clear_cluster=lambda run: None,
+            clear_cluster=lambda run: None if self.core is None else self.core.kill(),
             worker_command=lambda name, directory, port: [*self.worker, str(port)],
         )
 
-    async def _declare_topics(self, bootstrap_servers: str, settings: Settings) -> None:
-        self.events.append(f"topics at {bootstrap_servers}")
+    async def _create_tables(self, settings: Settings) -> None:
+        self.events.append(f"tables at {settings.storage_url.rpartition('/tables')[1] or settings.storage_url}")
+
+    async def _declare_topics(self, settings: Settings) -> None:
+        self.events.append(f"topics at {','.join(settings.kafka.bootstrap_servers)}")
 
     def _start_cluster(self, settings: Settings) -> StandInCluster:
         self.events.append("ray started")
+        self.told.append(settings.storage_url)
         if self.broken_starts:
             self.broken_starts -= 1
             raise RuntimeError("Ray does not start")
@@ -86,29 +102,55 @@ class World:
         return setup
 
 
-class StandInKafka:
-    def __init__(self, world: World) -> None:
+class StandInServer:
+    def __init__(self, world: World, name: str) -> None:
         self._world = world
+        self._name = name
+        self.address = ""
 
     @property
     def pid(self) -> int | None:
-        kafka = self._world.kafka
-        return None if kafka is None or kafka.exit_code is not None else kafka.pid
+        server = self._world.servers.get(self._name)
+        return None if server is None or server.exit_code is not None else server.pid
+
+    def choose_ports(self) -> None:
+        self.address = self._world.addresses[self._name][0]
 
     async def start(self) -> str:
         world = self._world
-        world.kafka = spawn(SLEEP)
-        world.events.append("kafka started")
-        return world.addresses.pop(0) if len(world.addresses) > 1 else world.addresses[0]
+        addresses = world.addresses[self._name]
+        self.address = addresses.pop(0) if len(addresses) > 1 else addresses[0]
+        world.servers[self._name] = spawn(SLEEP)
+        world.events.append(f"{self._name} started")
+        return self.address
 
     async def wait(self) -> int:
-        assert self._world.kafka is not None
-        return await self._world.kafka.wait()
+        return await self._world.servers[self._name].wait()
 
     async def stop(self) -> None:
-        if self._world.kafka is not None:
-            await self._world.kafka.stop(grace_s=5)
-        self._world.events.append("kafka stopped")
+        if self._name in self._world.servers:
+            await self._world.servers[self._name].stop(grace_s=5)
+        self._world.events.append(f"{self._name} stopped")
+
+
+@dataclass
+class StandInOutside:
+    """A server of somebody else's. `error` is what asking it comes to, for the first `times` questions or for ever."""
+
+    kind: str
+    name: str
+    error: Exception | None = None
+    times: int = -1
+    address: str = "somewhere"
+    closed: bool = False
+
+    async def ask(self) -> None:
+        if self.error is not None and self.times:
+            self.times -= 1
+            raise self.error
+
+    async def close(self) -> None:
+        self.closed = True
 
 
 class StandInCluster:
@@ -136,7 +178,23 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def settings_of(world: World) -> Settings:
-    return load_settings(data_dir=world.directory, environment={}, http_port=0, dashboard_port=0, workers=2)
+    outside = (
+        {}
+        if world.profile != "cluster"
+        else {
+            "kafka": {"bootstrap_servers": "kafka.example:9092"},
+            "storage": {"url": "cassandra://cassandra.example/"},
+        }
+    )
+    return load_settings(
+        data_dir=world.directory,
+        environment={},
+        profile=world.profile,
+        http_port=0,
+        dashboard_port=0,
+        workers=2,
+        **outside,
+    )
 
 
 @asynccontextmanager
@@ -202,6 +260,7 @@ async def test_it_is_ready_only_when_everything_is_and_tells_where(world: World)
             {
                 "ready": True,
                 "kafka": {"kafka": "ready"},
+                "storage": {"sqlite": "ready"},
                 "actors": {"orders-0": "ready"},
                 "workers": {"worker-0": "ready", "worker-1": "ready"},
             },
@@ -221,7 +280,7 @@ async def test_a_clean_stop_ends_workers_then_ray_then_kafka_and_leaves_nothing(
 async def test_a_worker_that_dies_is_started_again(world: World) -> None:
     async with running(world):
         before = set(marked_children())
-        workers = before - {world.kafka.pid, world.core.pid}  # type: ignore[union-attr]
+        workers = before - {world.servers["kafka"].pid, world.core.pid}  # type: ignore[union-attr]
         victim = min(workers)
         os.kill(victim, signal.SIGKILL)
         await eventually(lambda: len(set(marked_children()) - before) == 1)
@@ -232,8 +291,7 @@ async def test_a_worker_that_dies_is_started_again(world: World) -> None:
 
 async def test_kafka_that_dies_is_started_again_and_the_system_is_not_ready_meanwhile(world: World) -> None:
     async with running(world):
-        assert world.kafka is not None
-        world.kafka.kill()
+        world.servers["kafka"].kill()
         await eventually(lambda: world.events.count("kafka started") == 2)
         await until_ready(world)
 
@@ -242,11 +300,10 @@ async def test_kafka_that_dies_is_started_again_and_the_system_is_not_ready_mean
 
 
 async def test_kafka_on_another_port_is_told_to_everybody(world: World) -> None:
-    world.addresses = ["127.0.0.1:1001", "127.0.0.1:1002"]
+    world.addresses["kafka"] = ["127.0.0.1:1001", "127.0.0.1:1002"]
     async with running(world):
         before = set(marked_children())
-        assert world.kafka is not None
-        world.kafka.kill()
+        world.servers["kafka"].kill()
         await eventually(lambda: world.runtime["bootstrap_servers"] == "127.0.0.1:1002")
         assert world.worker_setup["bootstrap_servers"] == "127.0.0.1:1002"
         # Kafka and both workers are other processes; Ray is the same.
@@ -264,8 +321,7 @@ async def test_when_ray_itself_dies_it_is_started_anew_with_new_workers(world: W
         await eventually(lambda: world.core is not first and len(set(marked_children()) - before) == 3)
         await until_ready(world)
 
-        assert world.kafka is not None
-        assert world.kafka.pid in before
+        assert world.servers["kafka"].pid in before
         assert world.events.count("kafka started") == 1
 
 
@@ -289,10 +345,10 @@ async def test_a_start_without_ray_fails_and_takes_kafka_back(world: World) -> N
 
 
 async def test_a_start_without_kafka_fails_and_takes_ray_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def refuse(kafka: StandInKafka) -> str:
+    async def refuse(server: StandInServer) -> str:
         raise ServerDiedError("Kafka ended.", remedy="See its log.")
 
-    monkeypatch.setattr(StandInKafka, "start", refuse)
+    monkeypatch.setattr(StandInServer, "start", refuse)
 
     with pytest.raises(ServerDiedError):
         async with running(world):
@@ -334,6 +390,133 @@ async def test_a_second_start_goes_on_in_the_same_directory(world: World) -> Non
         assert System.find(world.directory).running
 
     assert len(world.ready) == 2
+
+
+async def test_tables_of_sqlite_are_there_before_anything_is_started(world: World) -> None:
+    async with running(world):
+        assert world.events[0] == "tables at /tables"
+
+
+async def test_the_stack_is_kafka_cassandra_and_ray_and_its_tables_are_made_when_cassandra_serves(world: World) -> None:
+    world.profile = "stack"
+    async with running(world):
+        assert len(marked_children()) == 5  # two servers, Ray's core, two workers
+        assert world.events.index("cassandra started") < world.events.index("tables at cassandra://127.0.0.1:3001/")
+        assert (await is_ready(world))[1]["storage"] == {"cassandra": "ready"}
+        assert world.told == ["cassandra://127.0.0.1:3001/"]
+        assert world.runtime["storage"] == "cassandra://127.0.0.1:3001/"
+        assert world.worker_setup["settings"]["storage"]["url"] == "cassandra://127.0.0.1:3001/"
+        assert System.find(world.directory).settings.storage_url == "cassandra://127.0.0.1:3001/"
+
+    assert world.events[-3] == "ray stopped"
+    assert set(world.events[-2:]) == {"kafka stopped", "cassandra stopped"}
+    assert marked_children() == []
+
+
+async def test_cassandra_that_dies_is_started_again_and_the_system_is_not_ready_meanwhile(world: World) -> None:
+    world.profile = "stack"
+    async with running(world):
+        world.servers["cassandra"].kill()
+        seen = []
+        while (state := await is_ready(world))[0] != 200 or not seen:
+            seen.append(state[1]["storage"]["cassandra"])
+            await asyncio.sleep(0.02)
+
+        assert seen[0] != "ready" or "down" in seen
+        assert world.events.count("cassandra started") == 2
+        assert world.events.count("ray started") == 1
+
+
+async def test_cassandra_at_another_port_means_another_ray_whose_actors_know_it(world: World) -> None:
+    world.profile = "stack"
+    world.addresses["cassandra"] = ["127.0.0.1:3001", "127.0.0.1:3002"]
+    async with running(world):
+        world.servers["cassandra"].kill()
+        await eventually(lambda: world.told[-1] == "cassandra://127.0.0.1:3002/")
+        await eventually(lambda: world.runtime["storage"] == "cassandra://127.0.0.1:3002/")
+        await until_ready(world)
+
+
+async def test_a_port_that_cassandra_did_not_get_is_told_to_actors_before_the_system_is_ready(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.profile = "stack"
+    world.addresses["cassandra"] = ["127.0.0.1:3002"]
+    start = StandInServer.start
+
+    async def start_late(server: StandInServer) -> str:
+        while not world.told:  # noqa: ASYNC110 - Ray is told in another thread
+            await asyncio.sleep(0.01)
+        return await start(server)
+
+    monkeypatch.setattr(StandInServer, "choose_ports", lambda server: setattr(server, "address", "127.0.0.1:3001"))
+    monkeypatch.setattr(StandInServer, "start", start_late)
+
+    async with running(world):
+        assert world.told == ["cassandra://127.0.0.1:3001/", "cassandra://127.0.0.1:3002/"]
+
+
+async def test_servers_of_others_are_used_where_they_are_and_left_alone(world: World) -> None:
+    world.profile = "cluster"
+    world.outside = [StandInOutside("kafka", "kafka"), StandInOutside("storage", "cassandra")]
+    async with running(world):
+        assert len(marked_children()) == 3  # Ray's core, two workers
+        assert world.runtime["bootstrap_servers"] == "kafka.example:9092"
+        assert world.told == ["cassandra://cassandra.example/"]
+        assert "topics at kafka.example:9092" in world.events
+
+    assert not any(event.startswith(("kafka", "cassandra")) for event in world.events)
+    assert all(server.closed for server in world.outside)
+
+
+async def test_a_server_of_others_that_stops_answering_makes_the_system_unready_until_it_answers(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(up, "OUTSIDE_EVERY_S", 0.02)
+    world.profile = "cluster"
+    storage = StandInOutside("storage", "cassandra")
+    world.outside = [StandInOutside("kafka", "kafka"), storage]
+    async with running(world):
+        storage.error = UnavailableStorageError("it is down", remedy="start it")
+        async with asyncio.timeout(30):
+            while (state := await is_ready(world))[0] == 200:  # noqa: ASYNC110 - what a prober does
+                await asyncio.sleep(0.02)
+        assert state[1]["storage"] == {"cassandra": "UnavailableStorageError"}
+        assert state[1]["kafka"] == {"kafka": "ready"}
+
+        storage.error = None
+        await until_ready(world)
+
+
+async def test_a_server_of_others_is_waited_for_and_people_are_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outside, "ASK_AGAIN_S", 0.0)
+    late = StandInOutside("kafka", "kafka", UnavailableStorageError("nobody is there", remedy="start it"), times=3)
+    said: list[str] = []
+
+    await wait_until_reachable([late], said.append)
+
+    assert said == ["Waiting for kafka at somewhere, at most 60 s: nobody is there"]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(UnavailableStorageError("nobody is there", remedy="start it"), UnavailableStorageError),
+     (TimeoutError(), SilentServerError)],
+)  # fmt: skip
+async def test_a_start_without_a_server_of_others_fails_with_the_reason_and_starts_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception, raised: type[Exception]
+) -> None:
+    monkeypatch.setattr(outside, "ASK_AGAIN_S", 0.0)
+    monkeypatch.setattr(outside, "REACHED_WITHIN_S", 0.0)
+    world.profile = "cluster"
+    world.outside = [StandInOutside("storage", "cassandra", error)]
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with running(world):
+            raise AssertionError("became ready")
+
+    assert [type(each) for each in caught.value.exceptions] == [raised]
+    assert world.events == []
 
 
 def test_pauses_grow_and_begin_again_after_a_steady_time() -> None:

@@ -1,0 +1,133 @@
+"""Servers that others run: waited for at a start, and asked for as long as the system runs, so that readiness tells.
+
+Asking changes nothing: Kafka is asked for the identity of its cluster, a storage for its tables.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+from infra.config import Settings, without_secrets
+from infra.messaging.errors import BrokerUnavailableError
+from infra.messaging.reader import cluster_id
+from infra.storage.connect import connect
+from infra.storage.errors import UnavailableStorageError
+from infra.storage.port import Storage
+
+REACHED_WITHIN_S = 60.0
+"""How long a start waits for servers that do not answer yet."""
+
+ASK_AGAIN_S = 1.0
+ANSWER_WITHIN_S = 20.0
+"""Longer than a client's own patience, whose error says more."""
+
+UNREACHABLE = (BrokerUnavailableError, UnavailableStorageError, TimeoutError)
+
+
+class SilentServerError(Exception):
+    """A server takes connections and answers nothing."""
+
+
+class Outside(Protocol):
+    """A server of somebody else's. `kind` is what it is for us (kafka, storage), `name` what it is."""
+
+    kind: str
+    name: str
+    address: str
+
+    async def ask(self) -> None:
+        """Returns when it answers. Raises one of UNREACHABLE, or what is wrong with the settings."""
+
+    async def close(self) -> None: ...
+
+
+class OutsideKafka:
+    """The Kafka that the settings name."""
+
+    kind = name = "kafka"
+
+    def __init__(self, settings: Settings) -> None:
+        self.address = ",".join(settings.kafka.bootstrap_servers)
+
+    async def ask(self) -> None:
+        await cluster_id(self.address)
+
+    async def close(self) -> None:
+        """It holds no connection between two questions."""
+
+
+class OutsideStorage:
+    """The storage that the settings name."""
+
+    kind = "storage"
+
+    def __init__(self, settings: Settings) -> None:
+        self.address = without_secrets(settings.storage_url)
+        self.name = self.address.partition(":")[0]
+        self._settings = settings
+        self._storage: Storage | None = None
+
+    async def ask(self) -> None:
+        if self._storage is None:
+            self._storage = connect(self._settings.storage_url)
+        await self._storage.tables()
+
+    async def close(self) -> None:
+        storage, self._storage = self._storage, None
+        if storage is not None:
+            await storage.close()
+
+
+def servers_outside(settings: Settings) -> Sequence[Outside]:
+    """Those that this profile uses and does not start."""
+    return (OutsideKafka(settings), OutsideStorage(settings)) if settings.profile == "cluster" else ()
+
+
+async def wait_until_reachable(servers: Sequence[Outside], progress: Callable[[str], None]) -> None:
+    """Until each has answered once. Raises a group of what the last questions to those came to that do not in time."""
+    within_s = REACHED_WITHIN_S
+
+    async def wait(server: Outside) -> None:
+        until_s = time.monotonic() + within_s
+        told = False
+        while True:
+            try:
+                async with asyncio.timeout(ANSWER_WITHIN_S):
+                    return await server.ask()
+            except UNREACHABLE as error:
+                said = str(error) or "no answer"
+                if time.monotonic() > until_s:
+                    if not isinstance(error, TimeoutError):
+                        raise
+                    raise SilentServerError(
+                        f"{server.name} at {server.address} does not answer. See that it is healthy, and that the "
+                        "address is that of the settings."
+                    ) from error
+                if not told:
+                    progress(f"Waiting for {server.name} at {server.address}, at most {within_s:.0f} s: {said}")
+                    told = True
+            await asyncio.sleep(ASK_AGAIN_S)
+
+    async with asyncio.TaskGroup() as group:
+        for server in servers:
+            group.create_task(wait(server))
+
+
+async def trouble_of(server: Outside) -> str:
+    """Empty if it answers, else in a word what came of asking."""
+    try:
+        async with asyncio.timeout(ANSWER_WITHIN_S):
+            await server.ask()
+    except Exception as error:  # of whatever kind: it does not serve
+        return type(error).__name__
+    return ""
+
+
+async def close_all(servers: Sequence[Outside]) -> None:
+    for server in servers:
+        with suppress(Exception):
+            await server.close()
