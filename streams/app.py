@@ -11,7 +11,7 @@ anything by itself (see `kafka_transport.py`). Any error that nothing was prepar
 nothing acknowledged that is not finished; whoever started it starts it again.
 
 On SIGTERM: fetching ends, batches at work get `stop_patience_s` to be finished and acknowledged, the process ends
-with 0. What was waiting is read again by whoever comes next.
+with 0. What was waiting is read again by whoever comes next. SIGUSR1 does the same for good (`keeps_place`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 import faust
 import structlog
+from faust.exceptions import ConsumerNotStarted
 from faust.types import TP
 
 from actors.runtime import Placement, Runtime
@@ -62,7 +63,11 @@ class WorkerOptions:
     placement: Placement
     work_dir: Path
     consumer_group: str = "concord"
+    health_host: str = "127.0.0.1"
     health_port: int = 0
+    keeps_place: bool = True
+    """Whether a worker of this name comes back after SIGTERM, so that its partitions are kept for it until its session
+    ends. Otherwise, and after SIGUSR1, it leaves the group and others get them at once."""
     max_command_bytes: int = 1 << 20
     limits: Limits = field(default_factory=Limits)
     patience: Patience = field(default_factory=Patience)
@@ -145,6 +150,7 @@ class StreamWorker:
         self._end = end
         self._assigned: set[Partition] | None = None
         self._faust_worker: _Worker | None = None
+        self._keeps_place = options.keeps_place
         self._kinds: list[Pipelines] = []
         self._app = build_faust_app(options)
         self._acknowledger = Acknowledger(self._acknowledge, interval_s=options.acknowledge_every_s)
@@ -178,7 +184,7 @@ class StreamWorker:
         options = self._options
         options.work_dir.mkdir(parents=True, exist_ok=True)  # Faust makes its own folder, but not those above
         async with AsyncExitStack() as stack:
-            await self.health.start(options.health_port)
+            await self.health.start(options.health_port, host=options.health_host)
             stack.push_async_callback(self.health.stop)
             log_identity = await cluster_id(options.bootstrap_servers)
             await self._producer.start()
@@ -198,6 +204,11 @@ class StreamWorker:
             jobs = (self._acknowledger.run(), timers.run(), self.lag.run(), self._beat())
             await stack.enter_async_context(_background(*map(self._guarded, jobs)))
             await self._run_faust(handle_signals=handle_signals)
+
+    def leave(self) -> None:
+        """Begin to stop for good, as SIGUSR1 does: others get the partitions as soon as this worker has ended."""
+        self._keeps_place = False
+        self.stop()
 
     def stop(self) -> None:
         """Begin to stop, as SIGTERM does; `run` returns when that is done."""
@@ -233,6 +244,8 @@ class StreamWorker:
     async def _run_faust(self, *, handle_signals: bool) -> None:
         worker = _Worker(self._app, loop=asyncio.get_running_loop(), handle_signals=handle_signals)
         self._faust_worker = worker
+        if handle_signals:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self.leave)
         try:
             await worker.start()  # returns as soon as a stop has begun
         finally:
@@ -311,6 +324,9 @@ class StreamWorker:
         patience_s = self._options.stop_patience_s
         await asyncio.gather(*(pipelines.close(patience_s=patience_s) for pipelines in self._kinds))
         await self._acknowledger.end_assignment(patience_s=patience_s)
+        if not self._keeps_place:
+            with suppress(ConsumerNotStarted):
+                self._consumer.give_up_place()
 
     async def _end_assignment(self, patience_s: float) -> None:
         await asyncio.gather(*(pipelines.revoke(patience_s=patience_s) for pipelines in self._kinds))

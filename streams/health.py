@@ -4,7 +4,7 @@
     /readyz    200 when the group has assigned partitions and every actor answers; else 503 and what is missing
     /metrics   this process's numbers, for Prometheus
 
-Bound to 127.0.0.1: nothing here is authenticated.
+Bound to 127.0.0.1 unless told otherwise: nothing here is authenticated. It only tells, and changes nothing.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class HealthServer:
         self._runner: web.AppRunner | None = None
         self.port = 0
 
-    async def start(self, port: int) -> None:
-        """Listen on `port`; 0 chooses a free one, which `port` then tells. Raises OSError if it is taken."""
+    async def start(self, port: int, *, host: str = HOST) -> None:
+        """Listen on `port` of the address `host`; 0 chooses a free port, which `port` then tells. Raises OSError."""
         app = web.Application()
         app.add_routes(
             [
@@ -59,7 +59,7 @@ class HealthServer:
         )
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, HOST, port)
+        site = web.TCPSite(self._runner, host, port)
         await site.start()
         self.port = self._runner.addresses[0][1]
 

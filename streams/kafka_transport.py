@@ -87,6 +87,10 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         ends = await self._ensure_consumer().end_offsets([TopicPartition(*partition) for partition in partitions])
         return {(partition.topic, partition.partition): offset for partition, offset in ends.items()}
 
+    def give_up_place(self) -> None:
+        """Leave the group when this consumer stops. A static member would keep its place until its session ends."""
+        self._ensure_consumer()._coordinator._group_instance_id = None
+
     def membership_error(self) -> BaseException | None:
         coordinator = self._ensure_consumer()._coordinator
         if coordinator._coordination_task.done():
@@ -117,6 +121,10 @@ class Consumer(driver.Consumer):
     async def end_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
         """The offset that each partition's next message will have, as the broker says now."""
         return await self._thread.in_thread(self._thread.end_offsets(list(partitions)))
+
+    def give_up_place(self) -> None:
+        """Leave the group when this consumer stops, so that others get its partitions at once."""
+        self._thread.give_up_place()
 
     def membership_error(self) -> BaseException | None:
         """Why this process will get no messages any more; None while it is a member of the group or becomes one."""
