@@ -14,9 +14,9 @@ from typing import Protocol
 from infra.config import Settings, without_secrets
 from infra.messaging.errors import BrokerUnavailableError
 from infra.messaging.reader import cluster_id
-from infra.storage.connect import connect
 from infra.storage.errors import UnavailableStorageError
 from infra.storage.port import Storage
+from scripts.connections import kafka_connection, open_storage
 
 REACHED_WITHIN_S = 60.0
 """How long a start waits for servers that do not answer yet."""
@@ -52,9 +52,10 @@ class OutsideKafka:
 
     def __init__(self, settings: Settings) -> None:
         self.address = ",".join(settings.kafka.bootstrap_servers)
+        self._connection = kafka_connection(settings)
 
     async def ask(self) -> None:
-        await cluster_id(self.address)
+        await cluster_id(self._connection)
 
     async def close(self) -> None:
         """It holds no connection between two questions."""
@@ -73,7 +74,7 @@ class OutsideStorage:
 
     async def ask(self) -> None:
         if self._storage is None:
-            self._storage = connect(self._settings.storage_url)
+            self._storage = open_storage(self._settings)
         await self._storage.tables()
 
     async def close(self) -> None:

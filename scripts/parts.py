@@ -27,9 +27,9 @@ from infra.messaging.topics import ensure_topics
 from infra.metrics import metrics_environment
 from infra.servers import guard
 from infra.servers.processes import ChildProcess, spawn
-from infra.storage.connect import connect
 from scripts import preflight
 from scripts.actor_process import PREPARE, ActorProcess
+from scripts.connections import kafka_connection, open_storage
 from scripts.outside import Outside, servers_outside
 from scripts.servers import Progress, Server, local_cassandra, local_kafka
 from scripts.wiring import create_tables, kafka_topics, system_config
@@ -86,7 +86,7 @@ def _cassandra(settings: Settings, progress: Progress) -> Server | None:
 
 
 async def _create_tables(settings: Settings) -> None:
-    storage = connect(settings.storage_url)
+    storage = open_storage(settings)
     try:
         await create_tables(settings, storage)
     finally:
@@ -94,7 +94,7 @@ async def _create_tables(settings: Settings) -> None:
 
 
 async def _declare_topics(settings: Settings) -> None:
-    await ensure_topics(",".join(settings.kafka.bootstrap_servers), kafka_topics(settings))
+    await ensure_topics(kafka_connection(settings), kafka_topics(settings))
 
 
 def _start_ray(settings: Settings) -> Cluster:
