@@ -17,7 +17,7 @@ from infra.config import Settings
 from infra.consensus_commit.errors import CrudConflictError
 from infra.consensus_commit.manager import TransactionManager
 from infra.consensus_commit.metadata import is_committed, is_transactional, layout_of
-from infra.storage.connect import connect
+from scripts.connections import open_storage
 from infra.storage.operations import ColumnCondition, Key, Operator, Row, Scan, TableSchema, Value
 from infra.storage.port import Storage
 from schemas.outcome import Answer
@@ -140,7 +140,7 @@ class CommittedReader:
 
 async def open_reader(settings: Settings) -> CommittedReader:
     """A reader of the system's storage. Raises NoTablesError where no system has ever been started."""
-    storage = connect(settings.storage_url)
+    storage = open_storage(settings)
     try:
         if not await storage.tables():
             raise NoTablesError(f"No system has been started in {settings.data_dir}")

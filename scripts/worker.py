@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from infra.config import Settings
+from infra.config import WITH_SECRETS, Settings
 from infra.metrics import Metrics, open_metrics
 from infra.telemetry import configure_logging
 
@@ -49,8 +49,9 @@ def write_setup(setup: WorkerSetup) -> None:
     path = setup_path(setup.settings.data_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(setup.model_dump_json())
-    temporary.chmod(0o600)
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(setup.model_dump_json(context=WITH_SECRETS))
     temporary.replace(path)
 
 

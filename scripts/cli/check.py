@@ -113,7 +113,7 @@ async def _wait_for_rest(system: System, reader: CommittedReader, wait_s: float)
 
 
 async def _lag(system: System, topics: list[str]) -> dict[tuple[str, int], int]:
-    return await lag(system.bootstrap_servers, CONSUMER_GROUP, topics)
+    return await lag(system.kafka, CONSUMER_GROUP, topics)
 
 
 async def read_topics(system: System) -> Topics:
@@ -125,7 +125,7 @@ async def read_topics(system: System) -> Topics:
     dead_letters = {dead_letters_topic(domain): domain for domain in DOMAINS}
     events = [events_topic(domain) for domain in DOMAINS]
     everything = [*domain_of, *results, *dead_letters, *events]
-    async with aclosing(read_all(system.bootstrap_servers, everything)) as records:  # type: ignore[type-var]
+    async with aclosing(read_all(system.kafka, everything)) as records:  # type: ignore[type-var]
         async for record in records:
             if record.topic in domain_of:
                 _add_command(found, record, domain_of[record.topic], max_bytes)

@@ -8,7 +8,7 @@ A command counts as published when the broker has confirmed it. When a delivery 
 confirmed is published again, in the order of submission. That may store a command twice, which is harmless: a command
 that was carried out is answered with its first answer. So per key the first occurrences stay in order, and whatever
 is killed in between, nothing has to be sent again by hand. After a restart Kafka may have another address: it is
-asked for (`find_bootstrap`) before each new attempt.
+asked for (`find_kafka`) before each new attempt.
 
 Latency is measured from `submit`, when the command is handed over, to its answer.
 """
@@ -28,6 +28,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
+from infra.messaging.connection import Kafka, KafkaConnection, start
 from infra.messaging.errors import BrokerUnavailableError, DeliveryFailedError, MessagingError
 from infra.messaging.producer import Delivery, EventProducer
 from infra.messaging.reader import end_offsets
@@ -66,10 +67,10 @@ class CommandClient:
     Entering raises BrokerUnavailableError and UnknownTopicError; afterwards an absent broker is waited for.
     """
 
-    def __init__(self, find_bootstrap: Callable[[], str], domains: Sequence[str]) -> None:
-        self._find_bootstrap = find_bootstrap
+    def __init__(self, find_kafka: Callable[[], Kafka], domains: Sequence[str]) -> None:
+        self._find_kafka = find_kafka
         self._topics = [results_topic(domain) for domain in domains]
-        self._bootstrap = ""
+        self._kafka = KafkaConnection("")
         self._producer: EventProducer | None = None
         self._consumer: AIOKafkaConsumer | None = None
         self._positions: dict[TopicPartition, int] = {}
@@ -84,7 +85,7 @@ class CommandClient:
 
     async def __aenter__(self) -> CommandClient:
         try:
-            await self._connect(self._find_bootstrap())
+            await self._connect(KafkaConnection.of(self._find_kafka()))
         except BaseException:
             await self._disconnect()
             raise
@@ -229,11 +230,11 @@ class CommandClient:
 
     # --- connections ----------------------------------------------------------------------------------------------
 
-    def _new_address(self) -> str | None:
+    def _new_address(self) -> KafkaConnection | None:
         """Kafka's address if it has another one by now. A system that is just being restarted has none."""
         with suppress(Exception):
-            found = self._find_bootstrap()
-            return found if found != self._bootstrap else None
+            found = KafkaConnection.of(self._find_kafka())
+            return found if found != self._kafka else None
         return None
 
     async def _follow_the_broker(self) -> None:
@@ -254,36 +255,34 @@ class CommandClient:
                     self._send_again()
                     return
 
-    async def _connect(self, address: str) -> None:
-        self._bootstrap = address
-        self._producer = EventProducer(
-            self._bootstrap, client_id="concord-cli", delivery_timeout_ms=_DELIVERY_TIMEOUT_MS
-        )
+    async def _connect(self, address: KafkaConnection) -> None:
+        self._kafka = address
+        self._producer = EventProducer(address, client_id="concord-cli", delivery_timeout_ms=_DELIVERY_TIMEOUT_MS)
         if self._topics:
             await self._connect_consumer()
         await self._producer.start()
 
     async def _connect_consumer(self) -> None:
         self._consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._bootstrap,
+            **self._kafka.client_options(),
             group_id=None,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             max_partition_fetch_bytes=8 * 2**20,
         )
         try:
-            await self._consumer.start()
+            await start(self._consumer, self._kafka)
             if not self._positions:
                 self._positions = await self._ends()
         except KafkaError as error:
-            raise BrokerUnavailableError(self._bootstrap, str(error)) from error
+            raise BrokerUnavailableError(self._kafka.bootstrap_servers, str(error)) from error
         self._consumer.assign(list(self._positions))
         for partition, offset in self._positions.items():
             self._consumer.seek(partition, offset)
 
     async def _ends(self) -> dict[TopicPartition, int]:
         # Not by the consumer: it only knows the partitions of topics that it is assigned.
-        ends = await end_offsets(self._bootstrap, self._topics)
+        ends = await end_offsets(self._kafka, self._topics)
         return {TopicPartition(topic, number): offset for (topic, number), offset in ends.items()}
 
     async def _disconnect(self) -> None:

@@ -142,7 +142,8 @@ def _kafka(system: System) -> str:
 
     from infra.messaging.reader import cluster_id
 
-    return f"{system.bootstrap_servers}, cluster {asyncio.run(cluster_id(system.bootstrap_servers))}"
+    kafka = system.kafka
+    return f"{kafka.bootstrap_servers} ({kafka.security_protocol}), cluster {asyncio.run(cluster_id(kafka))}"
 
 
 def _http(system: System) -> str:
@@ -156,13 +157,16 @@ def _http(system: System) -> str:
 def _storage(system: System) -> str:
     import asyncio
 
-    from infra.storage.connect import connect
+    from infra.config import without_secrets
+    from scripts.connections import open_storage
+
+    settings = system.settings
 
     async def look() -> int:
-        storage = connect(system.settings.storage_url)
+        storage = open_storage(settings)
         try:
             return len(await storage.tables())
         finally:
             await storage.close()
 
-    return f"{system.settings.storage_url}, {asyncio.run(look())} tables"
+    return f"{without_secrets(settings.storage_url)}, {asyncio.run(look())} tables"

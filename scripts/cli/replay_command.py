@@ -59,7 +59,7 @@ def register(app: typer.Typer) -> None:
         options = Options(limit, rate, in_flight, initial_stock, initial_balance, patience)
 
         async def run() -> dict[str, Any]:
-            client = CommandClient(lambda: System.find(data).bootstrap_servers, ("inventory", "payment", "orders"))
+            client = CommandClient(lambda: System.find(data).kafka, ("inventory", "payment", "orders"))
             with _progress() as on_progress:
                 async with client:
                     replay = Replay(client, lambda: _existing(system), options, on_progress)

@@ -255,7 +255,7 @@ async def _outcomes(
     from scripts.cli.client import CommandClient
 
     system.bootstrap_servers  # noqa: B018 - says so if there is no system, before anything is read
-    client = CommandClient(lambda: System.find(system.directory).bootstrap_servers, DOMAINS if wait_s else ())
+    client = CommandClient(lambda: System.find(system.directory).kafka, DOMAINS if wait_s else ())
     waiting: deque[asyncio.Task[dict[str, Any]]] = deque()
     async with client:
         try:

@@ -1,4 +1,7 @@
-"""How commands find the system of a directory: DIR/runtime.json, which `concord up` writes.
+"""How commands find the system of a directory: DIR/runtime.json, which `concord up` writes, and beside it what only its
+own user may read, DIR/run/settings.json, which has the secrets that the former leaves out.
+
+A directory without either may still belong to a system: one of profile cluster, which is where the settings say.
 
 `running` is not believed but tested: whoever holds DIR/run/supervisor.lock runs. Everything about files here is
 standard library; the settings themselves are loaded only when asked for.
@@ -18,11 +21,16 @@ from scripts.cli.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from infra.config import Settings
+    from infra.messaging.connection import KafkaConnection
     from scripts.reading import CommittedReader
 
 
 def runtime_path(directory: Path) -> Path:
     return directory / "runtime.json"
+
+
+def settings_path(directory: Path) -> Path:
+    return directory / "run" / "settings.json"
 
 
 def lock_path(directory: Path) -> Path:
@@ -78,14 +86,32 @@ class System:
         """The settings that the system was started with, else those that it would be started with."""
         from infra.config import Settings, load_settings
 
-        if "settings" in self.runtime:
-            return Settings.model_validate_json(json.dumps(self.runtime["settings"]))
+        for described in (self._private(), self.runtime):
+            if "settings" in described:
+                return Settings.model_validate_json(json.dumps(described["settings"]))
         return load_settings(data_dir=self.directory)
+
+    def _private(self) -> dict[str, Any]:
+        """What the system tells its own user alone; empty where it told nothing or this is another user."""
+        try:
+            described = json.loads(settings_path(self.directory).read_text())
+        except (OSError, ValueError):
+            return {}
+        return described if isinstance(described, dict) and self.runtime else {}
 
     @property
     def bootstrap_servers(self) -> str:
         """Where its Kafka is. Raises CommandError (UNREACHABLE) when the system does not run."""
+        return self.kafka.bootstrap_servers
+
+    @property
+    def kafka(self) -> KafkaConnection:
+        """How its Kafka is reached. Raises CommandError (UNREACHABLE) when the system does not run."""
+        from scripts.connections import kafka_connection
+
         servers = self.runtime.get("bootstrap_servers")
+        if not self.runtime and self.settings.profile == "cluster":
+            return kafka_connection(self.settings)
         if not self.running or not servers:
             where = "" if self.directory == Path(".concord") else f" --data {self.directory}"
             raise CommandError(
@@ -93,7 +119,7 @@ class System:
                 "with --data.",
                 ExitCode.UNREACHABLE,
             )
-        return str(servers)
+        return kafka_connection(self.settings, str(servers))
 
     async def reader(self) -> CommittedReader:
         """Its tables, whether it runs or rests. Raises CommandError (UNREACHABLE) when there are none."""

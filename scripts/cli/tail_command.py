@@ -112,13 +112,11 @@ def register(app: typer.Typer) -> None:
         from infra.messaging.reader import read_all
 
         shape = Output.of(output)
-        bootstrap_servers = System.find(data).bootstrap_servers
+        kafka = System.find(data).kafka
         wanted = Wanted(key, type, id)
 
         async def show() -> None:
-            messages = read_all(
-                bootstrap_servers, topics, from_beginning=from_beginning or until_end, until_end=until_end
-            )
+            messages = read_all(kafka, topics, from_beginning=from_beginning or until_end, until_end=until_end)
             async with aclosing(messages):  # type: ignore[type-var]
                 async for record in messages:
                     message = as_json(record, with_value=not headers_only)

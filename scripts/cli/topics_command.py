@@ -32,10 +32,10 @@ async def _describe(system: System) -> list[dict[str, Any]]:
 
     settings = system.settings
     specs = kafka_topics(settings)
-    descriptions = await describe_topics(system.bootstrap_servers, specs)
+    descriptions = await describe_topics(system.kafka, specs)
     existing = [description.name for description in descriptions if description.exists]
     written: Counter[str] = Counter()
-    for (name, _), offset in (await end_offsets(system.bootstrap_servers, existing)).items():
+    for (name, _), offset in (await end_offsets(system.kafka, existing)).items():
         written[name] += offset
     return [
         {
