@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 import structlog
 
@@ -41,6 +41,7 @@ from infra.consensus_commit.intents import Intent, IntentLog
 from infra.consensus_commit.states import TransactionState
 from infra.failpoints import reach
 from infra.storage.errors import StorageError, UnavailableStorageError
+from infra.tracing import ABORT, COMMIT, COMMIT_RECORDS, COMMIT_STATE, OFF, PREPARE, VALIDATE, Attributes, Tracer
 from schemas.partitioning import shard_of
 
 log = structlog.get_logger()
@@ -78,11 +79,13 @@ class CoordinatorActor:
         state_window_ms: int = 7 * 24 * 3_600_000,
         max_at_work: int = MAX_AT_WORK,
         timing: Timing,
+        tracer: Tracer = OFF,
         on_sweep: Callable[[str, int, int | None], None] = lambda coordinator, pending, oldest_ms: None,
         on_pruned: Callable[[str, int], None] = lambda table, rows: None,
     ) -> None:
         self.name = name
         self.incarnation = ""
+        self._tracer = tracer
         self._placement = placement
         self._states = states
         self._intents = intents
@@ -137,6 +140,13 @@ class CoordinatorActor:
         return list(await asyncio.gather(*(self._commit(request) for request in requests)))
 
     async def _commit(self, request: CommitRequest) -> Decision:
+        with self._tracer.under(request.trace, COMMIT, attributes=_told(request.tx_id, request.shares)) as span:
+            decision = await self._decided(request)
+            if decision.trouble is not None:
+                span.fail(decision.trouble)
+            return decision
+
+    async def _decided(self, request: CommitRequest) -> Decision:
         if self._draining:
             await self._roll_back(request)
             return Decision(trouble=Trouble.FORGOTTEN, detail=f"{self.name} is being restarted")
@@ -179,26 +189,40 @@ class CoordinatorActor:
         """Prepare, then validate: the first trouble, or none."""
         prepared_at_ms = self._clock.now_ms()
         await reach("coordinator.before_prepare")
-        verdict = _worst(
-            await self._ask_all(
-                "prepare",
-                {s.actor: Prepare(request.tx_id, s.incarnation, s.calls, prepared_at_ms) for s in writers},
+        with self._tracer.child(PREPARE, attributes=_told(request.tx_id, writers)) as span:
+            trace = span.context
+            verdict = _worst(
+                await self._ask_all(
+                    "prepare",
+                    {s.actor: Prepare(request.tx_id, s.incarnation, s.calls, prepared_at_ms, trace) for s in writers},
+                )
             )
-        )
-        if verdict.trouble is not None:
-            return verdict
+            if verdict.trouble is not None:
+                span.fail(verdict.trouble)
+                return verdict
         await reach("coordinator.after_prepare")
-        readers = {
-            share.actor: Validate(
-                request.tx_id,
-                share.incarnation,
-                share.calls,
-                drop_writes=request.drop_writes_except not in ("", share.actor),
-            )
+        readers = [
+            share
             for share in request.shares
             if share.needs_validation or request.drop_writes_except not in ("", share.actor)
-        }
-        return _worst(await self._ask_all("validate", readers))
+        ]
+        if not readers:
+            return Verdict()
+        with self._tracer.child(VALIDATE, attributes=_told(request.tx_id, readers)) as span:
+            asked = {
+                share.actor: Validate(
+                    request.tx_id,
+                    share.incarnation,
+                    share.calls,
+                    drop_writes=request.drop_writes_except not in ("", share.actor),
+                    trace=span.context,
+                )
+                for share in readers
+            }
+            verdict = _worst(await self._ask_all("validate", asked))
+            if verdict.trouble is not None:
+                span.fail(verdict.trouble)
+            return verdict
 
     async def _decide(self, tx_id: str, writers: list[Share]) -> tuple[StateRow, Verdict]:
         """Put COMMITTED if absent, and say who won, with the verdict if it was not us. Never guesses.
@@ -213,7 +237,8 @@ class CoordinatorActor:
         pause_s = FIRST_PAUSE_S
         while True:
             try:
-                await self._states.commit_state(tx_id, committed_at_ms)
+                with self._tracer.child(COMMIT_STATE, attributes={"concord.tx_id": tx_id}):
+                    await self._states.commit_state(tx_id, committed_at_ms)
                 return committed, Verdict()
             except (UnknownTransactionStatusError, UnavailableStorageError) as error:
                 log.warning("the state table does not answer", tx_id=tx_id, error=str(error))
@@ -242,8 +267,9 @@ class CoordinatorActor:
         """After the answer is out: bring records to rest, then remove the intent; what fails is left to the sweeper."""
         try:
             await reach("coordinator.before_commit_records")
-            message = CommitRecords(request.tx_id, winner.created_at_ms)
-            done = await self._ask_all("commit", {share.actor: message for share in request.shares})
+            with self._tracer.child(COMMIT_RECORDS, attributes=_told(request.tx_id, request.shares)) as span:
+                message = CommitRecords(request.tx_id, winner.created_at_ms, span.context)
+                done = await self._ask_all("commit", {share.actor: message for share in request.shares})
             if partitions and (all(answer is True for answer in done) or await self._settle(winner, partitions)):
                 await self._intents.remove(self.name, [request.tx_id])
         except Exception as error:
@@ -272,8 +298,9 @@ class CoordinatorActor:
             log.warning("left to the sweeper", tx_id=request.tx_id, error=str(error))
 
     async def _roll_back(self, request: CommitRequest) -> list[object]:
-        message = Rollback(request.tx_id)
-        return await self._ask_all("rollback", {share.actor: message for share in request.shares})
+        with self._tracer.child(ABORT, attributes=_told(request.tx_id, request.shares)) as span:
+            message = Rollback(request.tx_id, span.context)
+            return await self._ask_all("rollback", {share.actor: message for share in request.shares})
 
     async def _ask_all(self, method: str, messages: Mapping[str, object]) -> list[object]:
         """One answer for each participant; of one that was lost, or broke, what it did is unknown: LOST."""
@@ -428,6 +455,11 @@ class CoordinatorActor:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _told(tx_id: str, shares: Sequence[Share]) -> Attributes:
+    """What a span tells of a transaction."""
+    return {"concord.tx_id": tx_id, "concord.participants": len(shares)}
 
 
 async def _pause(pause_s: float) -> float:

@@ -43,6 +43,7 @@ from infra.consensus_commit.recovery import RecoveryHandler
 from infra.storage.errors import StorageError
 from infra.storage.operations import Bound, Key, Scan, Value
 from infra.storage.port import Storage
+from infra.tracing import OFF, Tracer
 from schemas.envelope import RawMessage
 from schemas.outcome import Answer
 
@@ -76,6 +77,7 @@ class DomainActor:
         on_committed: Callable[[str], None] = lambda domain: None,
         on_trouble: Callable[[str, Trouble], None] = lambda domain, trouble: None,
         on_recovered: Callable[[str], None] = lambda kind: None,
+        tracer: Tracer = OFF,
         on_pruned: Callable[[str, int], None] = lambda table, rows: None,
     ) -> None:
         self.name = actor_name(domain.name, shard)
@@ -96,6 +98,7 @@ class DomainActor:
         self._on_committed = on_committed
         self._on_pruned = on_pruned
         self._on_trouble = on_trouble
+        self._tracer = tracer
         self._recovery = RecoveryHandler(
             storage,
             states,
@@ -127,6 +130,7 @@ class DomainActor:
             mailroom=self._mailroom,
             clock=self._clock,
             timing=self._timing,
+            tracer=self._tracer,
         )
         self._home = Home(
             domain=self._domain,
@@ -141,6 +145,7 @@ class DomainActor:
             on_answer=self._on_answer,
             on_committed=self._on_committed,
             on_trouble=self._on_trouble,
+            tracer=self._tracer,
         )
         self._tasks = [
             asyncio.ensure_future(self._every(self._timing.tidy_interval_s, self._participation.tidy)),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from actors.domain import Record, Table
 from schemas.envelope import ParsedEvent, RawMessage
 from schemas.orders import OrderEvent, OrderSummary
+from schemas.trace_context import TraceContext
 
 PROJECTION = "order_history"
 
@@ -80,6 +81,7 @@ class EventBatch:
     partition: int
     log_identity: str
     messages: tuple[RawMessage, ...]
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from infra.consensus_commit.intents import new_intended_id
 from infra.consensus_commit.states import TransactionState
 from infra.failpoints import reach
 from infra.storage.errors import StorageError
+from infra.tracing import CALL, HANDLE, OFF, ONE_PHASE, UNKNOWN, Span, Tracer
 from schemas.envelope import (
     DeadLetterError,
     DeadLetterReason,
@@ -145,6 +146,7 @@ class Home:
         on_answer: Callable[[str, Answer, float], None] = lambda domain, answer, seconds: None,
         on_committed: Callable[[str], None] = lambda domain: None,
         on_trouble: Callable[[str, Trouble], None] = lambda domain, trouble: None,
+        tracer: Tracer = OFF,
     ) -> None:
         self.open_commands = 0
         self.draining = False
@@ -161,6 +163,7 @@ class Home:
         self._on_answer = on_answer
         self._on_committed = on_committed
         self._on_trouble = on_trouble
+        self._tracer = tracer
         self._outcomes = outcomes_of(domain.name)
         self._coordinator = placement.coordinator_of(participation.actor)
         self.pausing = Pausing(participation.actor)
@@ -207,6 +210,10 @@ class Home:
 
     async def answer(self, raw: RawMessage) -> Answer:
         """Carry out one message and return its durable answer, however long that takes."""
+        with self._tracer.under(raw.trace, HANDLE, UNKNOWN) as span:
+            return await self._answer(raw, span)
+
+    async def _answer(self, raw: RawMessage, span: Span) -> Answer:
         started_s = self._clock.monotonic_s()
         try:
             parsed = parse_command(raw, domain=self._domain.name, max_bytes=self._max_command_bytes)
@@ -216,7 +223,11 @@ class Home:
                 error.command_id, error.type, error.key, error.digest, error.correlation_id, self._clock.now_ms()
             )
             verdict = Verdict(DEAD_LETTERED, error.reason.value, {"detail": error.detail})
-        answer = await self._until_answered(subject, verdict, raw)
+        if span.recording and subject.command is not None:
+            span.rename(subject.type)
+        answer = await self._until_answered(subject, verdict, raw, span)
+        if span.recording:
+            self._describe(span, answer, known=subject.command is not None)
         seconds = self._clock.monotonic_s() - started_s
         self._on_answer(self._domain.name, answer, seconds)
         log.info(
@@ -230,6 +241,22 @@ class Home:
             milliseconds=round(seconds * 1000, 1),
         )
         return answer
+
+    def _describe(self, span: Span, answer: Answer, *, known: bool) -> None:
+        """What a span tells of the answer: its detail may quote the command, so it is not told."""
+        span.note(
+            {
+                "concord.actor": self._participation.actor,
+                "concord.message.type": answer.type if known else UNKNOWN,
+                "messaging.message.id": answer.id,
+                "concord.outcome": answer.status,
+                "concord.reason": answer.reason,
+                "concord.tx_id": answer.tx_id or "",
+            }
+        )
+        # A refusal is an answer, as 4xx is to HTTP servers; a dead letter or a command that found no gap is a failure.
+        if answer.status == DEAD_LETTERED or answer.reason == CONFLICT:
+            span.fail(answer.reason)
 
     async def let_go(self, actor: str, tx_id: str) -> None:
         """Have a participant drop a transaction that was not prepared there.
@@ -266,10 +293,11 @@ class Home:
             parsed.command,
         )
 
-    async def _until_answered(self, subject: Subject, verdict: Verdict | None, raw: RawMessage) -> Answer:
+    async def _until_answered(self, subject: Subject, verdict: Verdict | None, raw: RawMessage, span: Span) -> Answer:
         age = (self._clock.now_ms(), self._clock.new_id())
-        conflicts = broken = waits = 0
+        conflicts = broken = waits = attempts = 0
         while True:
+            attempts += 1
             try:
                 await reach("home.before_handler")
                 answer = await Attempt(self, subject, verdict, age).run()
@@ -281,8 +309,10 @@ class Home:
                 if answer.reason == ID_CONFLICT and subject.command is None:
                     subject = _renamed(subject, raw)
                     continue
+                span.note({"concord.attempts": attempts})
                 return answer
             self._on_trouble(self._domain.name, trouble.trouble)
+            span.event("retry", {"concord.trouble": trouble.trouble.value, "concord.attempt": attempts})
             match NEXT_STEP[trouble.trouble]:
                 case Step.AT_ONCE:
                     await asyncio.sleep(0)
@@ -343,6 +373,7 @@ class Attempt:
             command_id=subject.id,
             routing_key=subject.key,
             now_ms=now_ms,
+            tracer=home._tracer,
         )
         self._work: Work = participation.work(
             self._workspace, command_id=subject.id, routing_key=subject.key, now_ms=now_ms, calls=self._calls
@@ -449,20 +480,26 @@ class Attempt:
         shares = [own, *(share for actor, share in self._calls.shares.items() if actor != own.actor)]
         if len(shares) == 1 and workspace.records.one_phase_unit() is not None:
             return await self._commit_alone()
-        request = CommitRequest(
-            tx_id=workspace.tx_id,
-            home=own.actor,
-            home_incarnation=own.incarnation,
-            shares=tuple(shares),
-            drop_writes_except="" if keep_writes else own.actor,
-        )
-        await reach("home.before_commit_request")
-        self._left_to_coordinator = True
-        try:
-            decision: Decision = await home._mailroom.ask(home._coordinator, "commit", request)
+        with home._tracer.child(CALL, "coordinator") as span:
+            request = CommitRequest(
+                tx_id=workspace.tx_id,
+                home=own.actor,
+                home_incarnation=own.incarnation,
+                shares=tuple(shares),
+                drop_writes_except="" if keep_writes else own.actor,
+                trace=span.context,
+            )
+            span.note({"rpc.system": "concord", "rpc.service": home._coordinator, "rpc.method": "commit"})
+            await reach("home.before_commit_request")
+            self._left_to_coordinator = True
+            try:
+                decision: Decision = await home._mailroom.ask(home._coordinator, "commit", request)
+            except Exception as error:  # lost, or broken half-way: only the state row knows
+                span.fail(Trouble.LOST)
+                return await self._ask_the_state(str(error), shares)
+            if decision.trouble is not None:
+                span.fail(decision.trouble)
             return decision
-        except Exception as error:  # lost, or broken half-way: only the state row knows
-            return await self._ask_the_state(str(error), shares)
 
     async def _commit_alone(self) -> Decision:
         """Everything lies in one atomic unit of the storage: one write, no state row, no coordinator."""
@@ -473,7 +510,8 @@ class Attempt:
             return Decision(trouble=Trouble.WOUNDED)
         workspace.owner.prepared = True
         try:
-            await workspace.records.commit_one_phase(committed_at_ms)
+            with self._home._tracer.child(ONE_PHASE, attributes={"concord.tx_id": workspace.tx_id}):
+                await workspace.records.commit_one_phase(committed_at_ms)
         except CommitConflictError as error:
             return Decision(trouble=Trouble.CONFLICT, detail=str(error))
         except UnknownTransactionStatusError as error:

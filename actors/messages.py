@@ -10,6 +10,8 @@
     coordinator ──settle──► participant   Settle      -> bool (nothing of that transaction is left in doubt)
     coordinator, home ──rollback► participant  Rollback -> bool (every record was seen rolled back)
 
+`trace` is the span that an item is a part of, where that is recorded (`infra.tracing`): a batch holds items of many.
+
 They are frozen and small, and hold bytes rather than models, because they cross processes; without slots, because
 Python pickles frozen dataclasses with slots four times slower.
 """
@@ -21,6 +23,7 @@ from enum import StrEnum
 from typing import Any
 
 from infra.storage.operations import Value
+from schemas.trace_context import TraceContext
 
 Age = tuple[int, str]
 """When a command was first tried (ms), and a name that nobody else has, because command ids are unique within their
@@ -51,6 +54,7 @@ class Invocation:
     now_ms: int
     first: int
     calls: tuple[Call, ...]
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ class CommitRequest:
     shares: tuple[Share, ...]
     drop_writes_except: str = ""
     """Of a refused command only the participant named here (its home) keeps its writes; "" when nothing is dropped."""
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,7 @@ class Prepare:
     incarnation: str
     calls: int
     prepared_at_ms: int
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,7 @@ class Validate:
     incarnation: str
     calls: int
     drop_writes: bool
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True)
@@ -172,11 +179,13 @@ class Verdict:
 class CommitRecords:
     tx_id: str
     committed_at_ms: int
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True)
 class Rollback:
     tx_id: str
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ from infra.consensus_commit.states import Isolation, TransactionState
 from infra.failpoints import reach
 from infra.storage.errors import StorageError
 from infra.storage.port import Storage
+from infra.tracing import HANDLE, OFF, PARTICIPATE, Span, Tracer
 from schemas.message import Command
 
 log = structlog.get_logger()
@@ -120,7 +121,9 @@ class Participation:
         mailroom: Mailroom,
         clock: Clock,
         timing: Timing,
+        tracer: Tracer = OFF,
     ) -> None:
+        self._tracer = tracer
         self.actor = actor
         self.incarnation = incarnation
         self.domain = domain
@@ -267,6 +270,26 @@ class Participation:
         return InvocationReply(self.share(workspace), tuple(results))
 
     async def _run(self, workspace: Workspace, invocation: Invocation, call: Call) -> CallResult:
+        with self._tracer.under(invocation.trace, HANDLE, call.type) as span:
+            result = await self._handle(workspace, invocation, call)
+            if span.recording:
+                reason = result.refused or (result.trouble.value if result.trouble is not None else "")
+                outcome = "refused" if result.refused else "done" if result.trouble is None else "trouble"
+                span.note(
+                    {
+                        "concord.actor": self.actor,
+                        "concord.message.type": call.type,
+                        "messaging.message.id": invocation.command_id,
+                        "concord.tx_id": invocation.tx_id,
+                        "concord.outcome": outcome,
+                        "concord.reason": reason,
+                    }
+                )
+                if result.trouble is not None:
+                    span.fail(result.trouble)
+            return result
+
+    async def _handle(self, workspace: Workspace, invocation: Invocation, call: Call) -> CallResult:
         workspace.calls += 1
         savepoint = workspace.records.savepoint()
         work = self.work(
@@ -298,6 +321,13 @@ class Participation:
 
     async def prepare(self, request: Prepare) -> Verdict:
         """Write the records of exactly the calls that the coordinator names."""
+        with self._phase("prepare", request) as span:
+            verdict = await self._prepare(request)
+            if verdict.trouble is not None:
+                span.fail(verdict.trouble)
+            return verdict
+
+    async def _prepare(self, request: Prepare) -> Verdict:
         workspace, verdict = self._look_up(request.tx_id, request.incarnation, request.calls)
         if workspace is None:
             return verdict
@@ -316,6 +346,13 @@ class Participation:
 
     async def validate(self, request: Validate) -> Verdict:
         """Is everything that was read still so? Of a refused command the writes are dropped first (rule 3)."""
+        with self._phase("validate", request) as span:
+            verdict = await self._validate(request)
+            if verdict.trouble is not None:
+                span.fail(verdict.trouble)
+            return verdict
+
+    async def _validate(self, request: Validate) -> Verdict:
         workspace, verdict = self._look_up(request.tx_id, request.incarnation, request.calls)
         if workspace is None:
             return verdict
@@ -335,6 +372,10 @@ class Participation:
 
     async def commit(self, request: CommitRecords) -> bool:
         """The transaction is committed: bring its records to rest. False if that must be tried again by `settle`."""
+        with self._phase("commit", request):
+            return await self._commit(request)
+
+    async def _commit(self, request: CommitRecords) -> bool:
         workspace = self._workspaces.get(request.tx_id)
         if workspace is None:
             self._remember_end(request.tx_id)
@@ -349,6 +390,10 @@ class Participation:
 
     async def rollback(self, request: Rollback) -> bool:
         """The transaction is not committed: undo its records. False if that must be tried again by `settle`."""
+        with self._phase("roll back", request):
+            return await self._rollback(request)
+
+    async def _rollback(self, request: Rollback) -> bool:
         workspace = self._workspaces.get(request.tx_id)
         if workspace is None:
             self._remember_end(request.tx_id)
@@ -360,6 +405,11 @@ class Participation:
                 return not workspace.may_have_written or await workspace.records.rollback_records()
             finally:
                 self.close(workspace)
+
+    def _phase(self, name: str, request: Prepare | Validate | CommitRecords | Rollback) -> Span:
+        """The span of this actor's part of a phase."""
+        told = {"concord.actor": self.actor, "concord.tx_id": request.tx_id}
+        return self._tracer.under(request.trace, PARTICIPATE, name, told)
 
     async def settle(self, request: Settle) -> bool:
         """Bring what an earlier incarnation left of a decided transaction to rest."""

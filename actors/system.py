@@ -24,6 +24,8 @@ from infra.consensus_commit.intents import IntentLog
 from infra.storage.gate import PartitionGate
 from infra.storage.observed import ObservedStorage, OnCall
 from infra.storage.port import Storage
+from infra.traced_storage import TracedStorage
+from infra.tracing import OFF, Tracer
 from schemas.outcome import Answer
 
 COORDINATOR = "coordinator"
@@ -52,6 +54,7 @@ class Observer:
     """A transaction of this domain's commands was committed, also one that holds nothing but a refusal."""
     on_trouble: Callable[[str, Trouble], None] = lambda domain, trouble: None
     on_recovered: Callable[[str], None] = lambda kind: None
+    tracer: Tracer = OFF
     on_sweep: Callable[[str, int, int | None], None] = lambda coordinator, pending, oldest_ms: None
     """What a coordinator finds not settled: how many transactions, and when the oldest began."""
     on_pruned: Callable[[str, int], None] = lambda table, rows: None
@@ -96,7 +99,9 @@ def build_actor(
     kind, _, number = name.rpartition("-")
     if observer.on_storage_call is not None:
         storage = ObservedStorage(storage, observer.on_storage_call)
-    gated = PartitionGate(storage)
+    gated: Storage = PartitionGate(storage)
+    if observer.tracer.on:
+        storage, gated = TracedStorage(storage, observer.tracer), TracedStorage(gated, observer.tracer)
     states = CoordinatorStates(gated, clock, backoff_ms=config.timing.state_backoff_ms)
     incarnations = incarnations or Incarnations(storage, clock)
     if kind == COORDINATOR:
@@ -110,6 +115,7 @@ def build_actor(
             clock=clock,
             sweep_interval_s=config.sweep_interval_s,
             state_window_ms=config.outcome_window_ms,
+            tracer=observer.tracer,
             timing=config.timing,
             on_sweep=observer.on_sweep,
             on_pruned=observer.on_pruned,
@@ -117,7 +123,7 @@ def build_actor(
     if kind == VIEWS:
         from actors.view_actor import ViewActor
 
-        return ViewActor(name=name, storage=gated, clock=clock)
+        return ViewActor(name=name, storage=gated, clock=clock, tracer=observer.tracer)
     return DomainActor(
         domain=load_domains(config)[kind],
         shard=int(number),
@@ -135,5 +141,6 @@ def build_actor(
         on_committed=observer.on_committed,
         on_trouble=observer.on_trouble,
         on_recovered=observer.on_recovered,
+        tracer=observer.tracer,
         on_pruned=observer.on_pruned,
     )

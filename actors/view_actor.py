@@ -44,6 +44,7 @@ from infra.consensus_commit.metadata import TX_VERSION, transactional
 from infra.consensus_commit.transaction import Transaction
 from infra.storage.operations import Bound, Key, Row, Scan, TableSchema, Value
 from infra.storage.port import Storage
+from infra.tracing import APPLY, OFF, Attributes, Tracer
 from schemas.envelope import DeadLetterError, parse_event
 from schemas.orders import OrderSummary
 
@@ -56,8 +57,9 @@ IN_DOUBT_PAUSE_S = 0.5
 class ViewActor:
     """Holds the views' tables. `start` must have returned before it is asked anything."""
 
-    def __init__(self, *, name: str, storage: Storage, clock: Clock) -> None:
+    def __init__(self, *, name: str, storage: Storage, clock: Clock, tracer: Tracer = OFF) -> None:
         self.name = name
+        self._tracer = tracer
         self._storage = storage
         self._manager = TransactionManager(storage, clock)
         self._incarnation = clock.new_id()
@@ -88,7 +90,9 @@ class ViewActor:
     async def _apply(self, batch: EventBatch) -> Applied:
         if not batch.messages:
             return Applied(0, 0, 0, 0)
-        return await self._manager.run(lambda transaction: _apply_in(transaction, batch))
+        told: Attributes = {"concord.actor": self.name, "messaging.batch.message_count": len(batch.messages)}
+        with self._tracer.under(batch.trace, APPLY, batch.topic, told):
+            return await self._manager.run(lambda transaction: _apply_in(transaction, batch))
 
 
 async def create_view_tables(manager: TransactionManager) -> None:

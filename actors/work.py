@@ -34,6 +34,7 @@ from infra.consensus_commit.errors import TransactionConflictError, UnknownTrans
 from infra.consensus_commit.participant import ParticipantTransaction
 from infra.storage.errors import UnavailableStorageError, UnknownOutcomeError
 from infra.storage.operations import Bound, Key, Scan, Value
+from infra.tracing import CALL, OFF, Span, Tracer
 from schemas.message import Command, Event
 
 R = TypeVar("R", bound=Record)
@@ -89,9 +90,11 @@ class Calls:
         command_id: str,
         routing_key: str,
         now_ms: int,
+        tracer: Tracer = OFF,
     ) -> None:
         self._placement = placement
         self._mailroom = mailroom
+        self._tracer = tracer
         self._tasks: set[asyncio.Task[None]] = set()
         self._header = (tx_id, home, home_incarnation, age, command_id, routing_key, now_ms)
         self._unsent: dict[str, list[tuple[Call, asyncio.Future[CallResult]]]] = {}
@@ -128,9 +131,14 @@ class Calls:
         batch = self._unsent.pop(actor)
         first = self._made.get(actor, 0)
         self._made[actor] = first + len(batch)
-        invocation = Invocation(*self._header, first, tuple(call for call, _ in batch))
+        span = self._tracer.child(CALL, actor.rpartition("-")[0])
+        invocation = Invocation(*self._header, first, tuple(call for call, _ in batch), span.context)
+        if span.recording:
+            told = {"rpc.system": "concord", "rpc.service": actor, "rpc.method": "invoke"}
+            span.note({**told, "concord.calls": len(batch)})
         reply = self._mailroom.post(actor, "invoke", invocation)
-        task = asyncio.ensure_future(self._receive(actor, invocation, [future for _, future in batch], reply))  # noqa: RUF006
+        waiting = [future for _, future in batch]
+        task = asyncio.ensure_future(self._receive(actor, invocation, waiting, reply, span))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -140,6 +148,7 @@ class Calls:
         invocation: Invocation,
         waiting: list[asyncio.Future[CallResult]],
         reply: asyncio.Future[InvocationReply | Deferred],
+        span: Span,
     ) -> None:
         try:
             answered = await reply
@@ -153,11 +162,15 @@ class Calls:
                 if result.trouble is None:
                     future.set_result(result)
                 else:
+                    span.fail(result.trouble)
                     self._fail([future], TroubleError(result.trouble, result.trouble_detail))
         except Exception as error:
+            span.fail(trouble_of(error).trouble)
             # The actor may live, and hold later calls of ours back until these have come.
             self._mailroom.post(actor, "rollback", Rollback(invocation.tx_id))
             self._fail(waiting, trouble_of(error))
+        finally:
+            span.end()
 
     def _fail(self, waiting: list[asyncio.Future[CallResult]], trouble: TroubleError) -> None:
         self.trouble = self.trouble or trouble
