@@ -14,8 +14,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import BaseModel, ConfigDict
 
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
     from streams.app import WorkerOptions
 
 EXIT_NOT_STARTED = 1
+
+EXIT_MOVED = 75
+"""Exit code of a worker whose system has moved to other addresses (EX_TEMPFAIL): started again, it finds them."""
+
+FOLLOW_EVERY_S = 1.0
 
 
 class WorkerSetup(BaseModel):
@@ -77,34 +84,64 @@ def worker_options(setup: WorkerSetup, *, name: str, health_port: int) -> Worker
     )
 
 
-async def _run(setup: WorkerSetup, connect: Callable[[str], object], metrics: Metrics, name: str, port: int) -> None:
+async def _run(
+    setup: WorkerSetup, connect: Callable[[str], object], metrics: Metrics, options: WorkerOptions, follow: Path | None
+) -> None:
     from scripts.measuring import worker_observer
     from streams.app import StreamWorker
 
     runtime = connect(setup.ray_address)  # blocks for a second or two: nothing else runs yet
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray has put its own in place; Faust puts the right one later
-    options = worker_options(setup, name=name, health_port=port)
     observer = worker_observer(metrics, setup.settings, options)
-    await StreamWorker(options, runtime, observer=observer).run()  # type: ignore[arg-type]
+    worker = StreamWorker(options, runtime, observer=observer)  # type: ignore[arg-type]
+    following = asyncio.ensure_future(_follow(follow, setup)) if follow is not None else None
+    await worker.run()
+    if following is not None:
+        following.cancel()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m scripts.worker", description="One stream worker of a system.")
-    parser.add_argument("--data", type=Path, required=True, help="data directory of the running system")
-    parser.add_argument("--name", required=True, help="unique among the workers, and the same after a restart")
-    parser.add_argument("--health-port", type=int, default=0, help="port of /healthz, /readyz and /metrics; 0: any")
-    arguments = parser.parse_args()
-    setup = WorkerSetup.model_validate_json(setup_path(arguments.data).read_bytes())
-    configure_logging(setup.settings.log_level, process=arguments.name)
+async def _follow(path: Path, setup: WorkerSetup) -> None:
+    """End this process when the system that it belongs to has moved: what it is connected to is gone."""
+    import structlog
+
+    while True:
+        await asyncio.sleep(FOLLOW_EVERY_S)
+        with suppress(OSError, ValueError):
+            now = WorkerSetup.model_validate_json(await asyncio.to_thread(path.read_bytes))
+            if (now.bootstrap_servers, now.ray_address) != (setup.bootstrap_servers, setup.ray_address):
+                structlog.get_logger().warning("system_moved", remedy="start this worker again")
+                sys.stderr.flush()
+                os._exit(EXIT_MOVED)
+
+
+def run_worker(
+    setup: WorkerSetup,
+    *,
+    name: str,
+    health_host: str = "127.0.0.1",
+    health_port: int = 0,
+    keeps_place: bool = True,
+    follow: Path | None = None,
+) -> NoReturn:
+    """Be a stream worker until SIGTERM or SIGUSR1; ends the process.
+
+    With 0 after a signal, once everything at work is finished and acknowledged; with anything else it is to be started
+    again. Must be called before prometheus_client, Ray or Faust are imported. `follow` is the file that the system's
+    supervisor writes: when it names other servers, the process ends with EXIT_MOVED.
+    """
+    configure_logging(setup.settings.log_level, process=name)
     faulthandler.enable()
     # Before Ray or Faust are imported: prometheus_client learns only at its first import what is shared.
     shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-    metrics = open_metrics(Path(shared) if shared else setup.settings.data_dir / "metrics", arguments.name)
+    metrics = open_metrics(Path(shared) if shared else setup.settings.data_dir / "metrics", name)
     from actors.ray_runtime import connect
 
     code = 0
     try:
-        asyncio.run(_run(setup, connect, metrics, arguments.name, arguments.health_port))
+        options = replace(
+            worker_options(setup, name=name, health_port=health_port), health_host=health_host, keeps_place=keeps_place
+        )
+        asyncio.run(_run(setup, connect, metrics, options, follow))
     except Exception:
         import structlog
 
@@ -114,6 +151,16 @@ def main() -> None:
     sys.stderr.flush()
     # Threads of Ray and Faust have nothing left to do that anybody waits for.
     os._exit(code)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.worker", description="One stream worker of a system.")
+    parser.add_argument("--data", type=Path, required=True, help="data directory of the running system")
+    parser.add_argument("--name", required=True, help="unique among the workers, and the same after a restart")
+    parser.add_argument("--health-port", type=int, default=0, help="port of /healthz, /readyz and /metrics; 0: any")
+    arguments = parser.parse_args()
+    setup = WorkerSetup.model_validate_json(setup_path(arguments.data).read_bytes())
+    run_worker(setup, name=arguments.name, health_port=arguments.health_port)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from scripts.cli import (
     topics_command,
     tx_command,
     up_command,
+    worker_command,
 )
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app = typer.Typer(
 
 for family in (
     up_command,
+    worker_command,
     send_command,
     status_command,
     replay_command,
