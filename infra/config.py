@@ -45,7 +45,7 @@ _NESTING = "__"
 MEBIBYTE = 1024 * 1024
 HOUR_MS = 3_600_000
 
-OPTION_NAMES: Mapping[str, str] = {"data_dir": "--data", "profile": "--profile"}
+OPTION_NAMES: Mapping[str, str] = {"data_dir": "--data", "profile": "--profile", "workers": "--workers"}
 """Settings that the command line has an option for; it has none for the others."""
 
 
@@ -361,7 +361,7 @@ class Settings(_Group):
     http_host: str = Field("127.0.0.1", description="address that metrics and health listen on; 0.0.0.0 in a container")
     http_port: Port = Field(8180, description="port of metrics and health; 0 chooses a free one")
     dashboard_port: Port = Field(8265, description="port of the Ray dashboard; 0 chooses a free one")
-    workers: int = Field(1, ge=1, le=256, description="stream worker processes")
+    workers: int = Field(1, ge=0, le=256, description="stream worker processes; 0 where all of them run apart")
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], BeforeValidator(lambda v: v.lower() if isinstance(v, str) else v)
     ] = Field("info", description="least level that is logged")

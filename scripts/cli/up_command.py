@@ -20,6 +20,12 @@ def register(app: typer.Typer) -> None:
                 "or cluster (your own, by their settings)."
             ),
         ] = None,
+        workers: Annotated[
+            int | None,
+            typer.Option(
+                help="How many stream workers it begins with; 0 where all of them run apart (concord worker)."
+            ),
+        ] = None,
         data: Data = DEFAULT_DIRECTORY,
         output: Shape = None,
     ) -> None:
@@ -38,7 +44,7 @@ def register(app: typer.Typer) -> None:
         from infra.telemetry import configure_logging
 
         shape = Output.of(output)
-        settings = load_settings(data_dir=data, profile=profile)
+        settings = load_settings(data_dir=data, profile=profile, workers=workers)
         configure_logging(settings.log_level, process="supervisor")
         from scripts.up import Addresses, supervise
 
