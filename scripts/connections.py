@@ -17,6 +17,7 @@ def kafka_connection(settings: Settings, bootstrap_servers: str = "") -> KafkaCo
     """How Kafka is reached: at the addresses in the settings, or at those where it turned out to be."""
     kafka = settings.kafka
     tls, sasl = kafka.tls, kafka.sasl
+    asks_who_we_are = kafka.security_protocol.startswith("SASL_")
     return KafkaConnection(
         bootstrap_servers or ",".join(kafka.bootstrap_servers),
         security_protocol=kafka.security_protocol,
@@ -36,7 +37,9 @@ def kafka_connection(settings: Settings, bootstrap_servers: str = "") -> KafkaCo
             client_secret=partial(secret_of, sasl, "client_secret"),
             scope=sasl.scope,
             token_endpoint_ca_file=sasl.token_endpoint_ca_file,
-        ),
+        )
+        if asks_who_we_are
+        else None,
     )
 
 

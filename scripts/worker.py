@@ -65,13 +65,14 @@ def write_setup(setup: WorkerSetup) -> None:
 def worker_options(setup: WorkerSetup, *, name: str, health_port: int) -> WorkerOptions:
     """The settings in the words of the stream side."""
     from schemas.registry import DOMAINS
+    from scripts.connections import kafka_connection
     from scripts.wiring import system_config
     from streams.app import WorkerOptions
     from streams.partitions import Limits
 
     settings = setup.settings
     return WorkerOptions(
-        bootstrap_servers=setup.bootstrap_servers,
+        kafka=kafka_connection(settings, setup.bootstrap_servers),
         name=name,
         domains=DOMAINS,
         placement=system_config(settings).placement,

@@ -31,6 +31,7 @@ from faust.types import TP
 
 from actors.runtime import Placement, Runtime
 from infra.clock import Clock, SystemClock
+from infra.messaging.connection import Kafka, KafkaConnection
 from infra.messaging.producer import EventProducer
 from infra.messaging.reader import cluster_id, end_offsets
 from schemas.envelope import RawMessage
@@ -40,7 +41,7 @@ from streams.acknowledger import Acknowledger
 from streams.asking import Patience
 from streams.command_processor import CommandProcessor
 from streams.health import HealthServer
-from streams.kafka_transport import Consumer, Transport, first_offset
+from streams.kafka_transport import Consumer, Transport, credentials, first_offset
 from streams.lag import LagMonitor
 from streams.partitions import Limits, Partition, Pipelines, Progress, Received
 from streams.projections import VIEW_ACTOR, Projection
@@ -57,7 +58,7 @@ class WorkerOptions:
     """What a stream worker needs to know. `name` is unique among the workers of a group, and the same after a restart:
     Kafka then gives the restarted worker its partitions back without asking the others (static membership)."""
 
-    bootstrap_servers: str
+    kafka: Kafka
     name: str
     domains: tuple[str, ...]
     placement: Placement
@@ -99,9 +100,11 @@ class WorkerObserver:
 
 def build_faust_app(options: WorkerOptions) -> faust.App:
     """The Faust application of one worker, without agents. Faust declares no topics and serves no pages."""
+    kafka = KafkaConnection.of(options.kafka)
     app = faust.App(
         options.consumer_group,
-        broker=[f"aiokafka://{server.strip()}" for server in options.bootstrap_servers.split(",")],
+        broker=[f"aiokafka://{server.strip()}" for server in kafka.bootstrap_servers.split(",")],
+        broker_credentials=credentials(kafka),
         broker_client_id=options.name,
         consumer_group_instance_id=options.name,
         consumer_auto_offset_reset="earliest",
@@ -155,7 +158,7 @@ class StreamWorker:
         self._app = build_faust_app(options)
         self._acknowledger = Acknowledger(self._acknowledge, interval_s=options.acknowledge_every_s)
         self._producer = EventProducer(
-            options.bootstrap_servers, client_id=options.name, delivery_timeout_ms=options.delivery_timeout_ms
+            options.kafka, client_id=options.name, delivery_timeout_ms=options.delivery_timeout_ms
         )
         self.lag = LagMonitor(
             assigned=lambda: self.assigned,
@@ -186,7 +189,7 @@ class StreamWorker:
         async with AsyncExitStack() as stack:
             await self.health.start(options.health_port, host=options.health_host)
             stack.push_async_callback(self.health.stop)
-            log_identity = await cluster_id(options.bootstrap_servers)
+            log_identity = await cluster_id(options.kafka)
             await self._producer.start()
             stack.push_async_callback(self._producer.stop)
             self._declare_agents(log_identity)
@@ -237,7 +240,7 @@ class StreamWorker:
         return self._consumer.start_of(partition)
 
     async def first_offset(self, partition: Partition, offset: int) -> int | None:
-        return await first_offset(self._options.bootstrap_servers, partition, offset)
+        return await first_offset(self._options.kafka, partition, offset)
 
     # --- Faust ------------------------------------------------------------------------------------------------------
 
@@ -350,7 +353,7 @@ class StreamWorker:
         except Exception as error:
             # The broker or the consumer's thread? A thread that hangs must not look like a broker that is away.
             log.warning("consumer_silent", error=repr(error))
-            ends = await end_offsets(self._options.bootstrap_servers, sorted({topic for topic, _ in wanted}))
+            ends = await end_offsets(self._options.kafka, sorted({topic for topic, _ in wanted}))
             return {partition: ends[partition] for partition in wanted}
 
     def _membership_error(self) -> BaseException | None:

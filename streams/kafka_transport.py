@@ -21,9 +21,12 @@ from typing import Any, TypeVar
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import CommitFailedError
 from aiokafka.structs import OffsetAndMetadata
+from faust.auth import OAuthCredentials, SASLCredentials, SSLCredentials
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
+from faust.types.auth import CredentialsT
 
+from infra.messaging.connection import Kafka, KafkaConnection, TokenProvider
 from streams.partitions import Partition
 
 T = TypeVar("T")
@@ -147,11 +150,23 @@ class Transport(driver.Transport):
     Consumer = Consumer
 
 
-async def first_offset(bootstrap_servers: str, partition: Partition, offset: int) -> int | None:
+def credentials(kafka: KafkaConnection) -> CredentialsT | None:
+    """The same connection in Faust's words; None for a Kafka without protection."""
+    sasl, context = kafka.authentication, kafka.ssl_context
+    if sasl is None:
+        return None if context is None else SSLCredentials(context)
+    if sasl.mechanism == "OAUTHBEARER":
+        return OAuthCredentials(oauth_cb=TokenProvider(sasl), ssl_context=context)
+    return SASLCredentials(
+        username=sasl.username, password=sasl.password(), ssl_context=context, mechanism=sasl.mechanism
+    )
+
+
+async def first_offset(kafka: Kafka, partition: Partition, offset: int) -> int | None:
     """The offset of the first message at or after `offset`, as a consumer of its own finds it; None at the end."""
     wanted = TopicPartition(*partition)
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=bootstrap_servers,
+        **KafkaConnection.of(kafka).client_options(),
         group_id=None,
         enable_auto_commit=False,
         auto_offset_reset="earliest",

@@ -287,7 +287,7 @@ def worker_options(
     made["limits"] = Limits(**made.get("limits", {}))
     made["patience"] = Patience(**made.get("patience", {}))
     return WorkerOptions(
-        bootstrap_servers=bootstrap_servers,
+        kafka=bootstrap_servers,
         name=name,
         domains=(domain,),
         placement=placement_of(domain),

@@ -51,7 +51,7 @@ def plain_app(world: FlowWorld) -> faust.App:
 def our_app(world: FlowWorld) -> faust.App:
     return build_faust_app(
         WorkerOptions(
-            bootstrap_servers=world.bootstrap_servers,
+            kafka=world.bootstrap_servers,
             name="worker-0",
             domains=(world.domain,),
             placement=placement_of(world.domain),

@@ -14,6 +14,7 @@ from flow_world import RememberingRuntime, until
 from test_command_processor import FakeProducer
 
 from actors.runtime import ActorLostError, Placement
+from infra.messaging.connection import KafkaConnection
 from infra.messaging.errors import BrokerUnavailableError
 from schemas.inventory import CancelReservation
 from schemas.registry import default_registry
@@ -214,7 +215,7 @@ def test_the_entry_point_turns_settings_into_options(tmp_path: Path) -> None:
 
     options = worker_options(again, name="worker-3", health_port=5)
 
-    assert (options.name, options.health_port, options.bootstrap_servers) == ("worker-3", 5, "127.0.0.1:9")
+    assert (options.name, options.health_port, options.kafka) == ("worker-3", 5, KafkaConnection("127.0.0.1:9"))
     assert options.domains == ("inventory", "payment", "shipping", "orders")
     assert options.limits.batch_messages == 7
     assert options.placement.shards["orders"] == settings.actors.shards_of("orders")
