@@ -11,18 +11,18 @@ import json
 import os
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+
+from scripts.proof.stored import stored
 
 MARK = "CONCORD_RUN"
 KEPT_VARIABLES = ("CONCORD_CACHE_DIR",)
@@ -46,7 +46,7 @@ class NotAsAskedError(Exception):
 
 @dataclass(frozen=True)
 class Process:
-    """One process of a run. `role` is supervisor, kafka, ray, or the name of a worker or an actor."""
+    """One process of a run. `role` is supervisor, kafka, cassandra, ray, or the name of a worker or an actor."""
 
     pid: int
     role: str
@@ -83,10 +83,18 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 class RunningSystem:
     """The system of one directory. Free ports everywhere, so that several may run side by side."""
 
-    def __init__(self, directory: Path, *, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, profile: str = "local", environment: Mapping[str, str] | None = None
+    ) -> None:
         self.directory = directory
+        self.profile = profile
         self.environment = clean_environment(
-            {"CONCORD_HTTP_PORT": "0", "CONCORD_DASHBOARD_PORT": "0", **(environment or {})}
+            {
+                "CONCORD_PROFILE": profile,
+                "CONCORD_HTTP_PORT": "0",
+                "CONCORD_DASHBOARD_PORT": "0",
+                **(environment or {}),
+            }
         )
         self.ready: dict[str, Any] = {}
         self.ready_after_s = 0.0
@@ -262,10 +270,9 @@ class RunningSystem:
 
     def _actor_names(self) -> dict[tuple[int, int], str]:
         """Actors by (pid, when it started): a pid alone may be another process by now."""
-        file = self.directory / "tables" / "coordinator.db"
-        with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True)) as database:
-            rows = database.execute("SELECT pid, process_started, actor FROM incarnations")
-            return {(pid, started): actor for pid, started, actor in rows}
+        with stored(self.directory) as storage:
+            rows = storage.rows("coordinator.incarnations")
+        return {(row["pid"], row["process_started"]): row["actor"] for row in rows}
 
 
 @contextmanager
@@ -301,7 +308,9 @@ def _role(pid: int) -> str:
         return arguments[arguments.index("--name") + 1]
     if arguments[0].startswith(ACTOR_TITLE):
         return "actor"
-    return "kafka" if Path(arguments[0]).name == "java" else "ray"
+    if Path(arguments[0]).name == "java":
+        return "cassandra" if arguments[-1].endswith("CassandraDaemon") else "kafka"
+    return "ray"
 
 
 def _process(pid: int, role: str) -> Process | None:

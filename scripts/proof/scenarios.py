@@ -22,15 +22,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from scripts.proof.judge import History, judge
 from scripts.proof.replaying import check_formulas, replay, start_replay
 from scripts.proof.running import NotAsAskedError, RunningSystem, running
+from scripts.proof.stored import stored
 from scripts.proof.tables import COMPARED, differences, exact_rows, in_doubt, texts, traces
 from scripts.proof.witness import read_history
 
@@ -240,11 +239,9 @@ class _Client:
 
 def _answered(system: RunningSystem) -> int:
     """How many commands about orders have a durable answer."""
-    file = system.directory / "tables" / "orders.db"
     try:
-        with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=10)) as database:
-            count: int = database.execute("SELECT count(*) FROM outcomes").fetchone()[0]
-            return count
+        with stored(system.directory) as storage:
+            return storage.count("orders.outcomes")
     except sqlite3.OperationalError:  # the file is being opened for the first time after a kill
         return 0
 

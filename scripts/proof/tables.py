@@ -1,18 +1,17 @@
-"""Committed rows as they lie in the SQLite files, and what of them two runs of the same commands must have in common.
+"""Committed rows as they lie in the storage, and what of them two runs of the same commands must have in common.
 
-The files are read with the standard library's sqlite3, beside the system and without any of its code. So a record in
-doubt is seen as one; `comparable_rows` is for a system at rest that has none.
+They are read beside the system and without any of its code (`stored`). So a record in doubt is seen as one;
+`comparable_rows` is for a system at rest that has none.
 """
 
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+
+from scripts.proof.stored import Row, stored
 
 COMMITTED = 3
 """`tx_state` of a record at rest; null is one that was there before transactions were."""
@@ -41,28 +40,22 @@ TRANSACTION_COLUMNS = ("tx_id", "tx_state", "tx_version", "tx_prepared_at", "tx_
 LEFT_OUT = ("transaction_id", "record_version")
 """User columns that tell a transaction or a version; times are told by their names' ends."""
 
-Row = dict[str, Any]
-
 
 def in_doubt(directory: Path) -> list[str]:
     """Every record that is PREPARED or DELETED, in any table of the system's directory."""
-    found = []
-    for file in sorted((directory / "tables").glob("*.db")):
-        with _opened(file) as database:
-            for table in _tables(database):
-                if "before_tx_id" in _columns(database, table):  # the states of transactions are no records
-                    rows = database.execute(
-                        f'SELECT tx_id, tx_state FROM "{table}" WHERE tx_state IS NOT NULL AND tx_state <> ?',
-                        (COMMITTED,),
-                    )
-                    found += [f"{file.stem}.{table}: {tx_id} in state {state}" for tx_id, state in rows]
-    return found
+    with stored(directory) as storage:
+        return [
+            f"{name}: {row['tx_id']} in state {row['tx_state']}"
+            for name in storage.tables()
+            if "before_tx_id" in storage.columns(name)  # the states of transactions are no records
+            for row in storage.rows(name)
+            if row["tx_state"] not in (None, COMMITTED)
+        ]
 
 
 def aborted(directory: Path) -> set[str]:
     """The transactions that the coordinator's table says are aborted."""
-    with _opened(directory / "tables" / "coordinator.db") as database:
-        return {tx_id for (tx_id,) in database.execute("SELECT tx_id FROM state WHERE tx_state = ?", (ABORTED,))}
+    return {row["tx_id"] for row in _rows(directory, "coordinator.state") if row["tx_state"] == ABORTED}
 
 
 def comparable_rows(directory: Path, name: str, *, wanted: Callable[[Row], bool] = lambda row: True) -> list[str]:
@@ -126,17 +119,8 @@ def texts(value: Any) -> Iterator[str]:
 
 
 def _rows(directory: Path, name: str) -> list[Row]:
-    """The rows as they are stored; none of a table that does not exist (yet)."""
-    namespace, _, table = name.partition(".")
-    file = directory / "tables" / f"{namespace}.db"
-    if not file.exists():
-        return []
-    with _opened(file) as database:
-        if table not in _tables(database):
-            return []
-        columns = _columns(database, table)
-        rows = database.execute(f'SELECT * FROM "{table}"')
-        return [dict(zip(columns, row, strict=True)) for row in rows]
+    with stored(directory) as storage:
+        return storage.rows(name)
 
 
 def _comparable(row: Mapping[str, Any]) -> Row:
@@ -160,16 +144,3 @@ def _comparable(row: Mapping[str, Any]) -> Row:
 
 def _is_time(name: str) -> bool:
     return name == "at_ms" or name.endswith(("_at_ms", "_at"))
-
-
-def _opened(file: Path) -> closing[sqlite3.Connection]:
-    return closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=10))
-
-
-def _tables(database: sqlite3.Connection) -> list[str]:
-    names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
-    return [name for name in names if "$" not in name]
-
-
-def _columns(database: sqlite3.Connection, table: str) -> list[str]:
-    return [row[1] for row in database.execute(f'PRAGMA table_info("{table}")')]
