@@ -16,10 +16,10 @@ from infra.consensus_commit.intents import Intent, IntentLog
 from infra.consensus_commit.manager import TransactionManager
 from infra.consensus_commit.metadata import transactional
 from infra.consensus_commit.recovery import TRANSACTION_LIFETIME_MS
-from infra.consensus_commit.sweeper import Sweeper
+from infra.consensus_commit.sweeper import LOOKED_AT_AGAIN, Sweeper
 from infra.consensus_commit.transaction import Transaction
 from infra.storage.memory import MemoryStorage
-from infra.storage.operations import DataType, Key, Put, TableSchema
+from infra.storage.operations import DataType, Key, Put, TableSchema, Value
 from infra.storage.port import Storage
 
 STORED_ACCOUNT = transactional(ACCOUNT)
@@ -165,6 +165,34 @@ async def test_prepares_of_a_paused_writer_that_arrive_late_are_rolled_back_in_a
 
     assert await world.in_doubt() == 0
     assert await balances(world) == [10, 10]
+
+
+async def test_a_round_looks_again_at_some_of_many_aborted_transactions_and_at_all_of_them_in_turn(
+    world: World,
+) -> None:
+    manager = await named(world, storage=world.storage)
+    assert manager._journal is not None
+    log = manager._journal.log
+    intents = [_rolled_back(f"former-{number}") for number in range(LOOKED_AT_AGAIN * 2 + 5)]
+    fresh = replace(_rolled_back("fresh"), aborted=False)
+    await log.record([*intents, fresh])
+    rounds: list[set[Value]] = []
+
+    for _ in range(3):
+        world.storage.calls.clear()
+        swept = await manager.sweeper.sweep()
+        decided = [call for call in world.storage.calls if writes_to(STATES)(call)]
+        rounds.append({mutation.key.partition[0] for call in decided for mutation in call.mutations})
+        assert len(rounds[-1]) == swept.transactions <= LOOKED_AT_AGAIN + 1
+        assert swept.transactions + swept.waiting == len(intents) + 1
+
+    assert "fresh" in rounds[0], "what was not seen at rest yet has no turn to wait for"
+    assert set().union(*rounds) == {intent.tx_id for intent in (*intents, fresh)}
+
+
+def _rolled_back(tx_id: str) -> Intent:
+    """What remains of a transaction of the former life of `billing`."""
+    return Intent(tx_id, "billing", "former", "billing", "former", (("bank", "account", (1,)),), (), 0, aborted=True)
 
 
 async def test_an_aborted_intent_goes_with_its_state_row_once_its_writer_is_known_to_be_gone(world: World) -> None:
