@@ -158,6 +158,7 @@ def _storage(system: System) -> str:
     import asyncio
 
     from infra.config import without_secrets
+    from infra.storage.errors import UnavailableStorageError
     from scripts.connections import open_storage
 
     settings = system.settings
@@ -169,4 +170,9 @@ def _storage(system: System) -> str:
         finally:
             await storage.close()
 
-    return f"{without_secrets(settings.storage_url)}, {asyncio.run(look())} tables"
+    try:
+        return f"{without_secrets(settings.storage_url)}, {asyncio.run(look())} tables"
+    except UnavailableStorageError:
+        if not system.cassandra_rests:
+            raise
+        return f"Cassandra in {settings.data_dir / 'cassandra'}, which rests with the system"

@@ -121,12 +121,26 @@ class System:
             )
         return kafka_connection(self.settings, str(servers))
 
+    @property
+    def cassandra_rests(self) -> bool:
+        """Whether its tables are in a Cassandra of its own that nobody is known to have started."""
+        return not self.running and self.settings.profile == "stack"
+
     async def reader(self) -> CommittedReader:
         """Its tables, whether it runs or rests. Raises CommandError (UNREACHABLE) when there are none."""
+        from infra.storage.errors import UnavailableStorageError
         from scripts.reading import NoTablesError, open_reader
 
         try:
             return await open_reader(self.settings)
+        except UnavailableStorageError as error:
+            if not self.cassandra_rests:
+                raise
+            raise CommandError(
+                f"The Cassandra of {self.directory} rests with its system. Start it with `concord up --profile stack`, "
+                "or alone with `concord stack up`.",
+                ExitCode.UNREACHABLE,
+            ) from error
         except NoTablesError as error:
             raise CommandError(
                 f"{error}. Start a system there with `concord up`, or name its directory with --data.",
