@@ -18,6 +18,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TextIO
 
+from infra.tracing import add_trace_ids
+
 _LIBRARY_LEVELS: Mapping[str, int] = {
     # Libraries whose "info" is chatter to an operator of this system.
     "aiokafka": logging.WARNING,
@@ -50,6 +52,7 @@ def configure_logging(level: str = "info", *, process: str, file: Path | None = 
 
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
+        add_trace_ids,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.stdlib.PositionalArgumentsFormatter(),

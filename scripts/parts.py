@@ -105,7 +105,9 @@ def _start_ray(settings: Settings) -> Cluster:
     logger.handlers.clear()
     logger.propagate = True
     logger.setLevel(logging.ERROR)
-    process = ActorProcess(log_level=settings.log_level, metrics_dir=str(settings.data_dir / "metrics"))
+    process = ActorProcess(
+        log_level=settings.log_level, metrics_dir=str(settings.data_dir / "metrics"), tracing=settings.tracing
+    )
     return start_cluster(
         system_config(settings),
         storage_url=settings.storage_url,

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from infra.config import WITH_SECRETS, Settings
 from infra.metrics import Metrics, open_metrics
 from infra.telemetry import configure_logging
+from infra.tracing import Tracer, open_tracer
 
 if TYPE_CHECKING:
     from streams.app import WorkerOptions
@@ -86,14 +87,19 @@ def worker_options(setup: WorkerSetup, *, name: str, health_port: int) -> Worker
 
 
 async def _run(
-    setup: WorkerSetup, connect: Callable[[str], object], metrics: Metrics, options: WorkerOptions, follow: Path | None
+    setup: WorkerSetup,
+    connect: Callable[[str], object],
+    metrics: Metrics,
+    tracer: Tracer,
+    options: WorkerOptions,
+    follow: Path | None,
 ) -> None:
     from scripts.measuring import worker_observer
     from streams.app import StreamWorker
 
     runtime = connect(setup.ray_address)  # blocks for a second or two: nothing else runs yet
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray has put its own in place; Faust puts the right one later
-    observer = worker_observer(metrics, setup.settings, options)
+    observer = replace(worker_observer(metrics, setup.settings, options), tracer=tracer)
     worker = StreamWorker(options, runtime, observer=observer)  # type: ignore[arg-type]
     following = asyncio.ensure_future(_follow(follow, setup)) if follow is not None else None
     await worker.run()
@@ -137,17 +143,19 @@ def run_worker(
     metrics = open_metrics(Path(shared) if shared else setup.settings.data_dir / "metrics", name)
     from actors.ray_runtime import connect
 
+    tracer = open_tracer(setup.settings.tracing, service="worker", process=name)
     code = 0
     try:
         options = replace(
             worker_options(setup, name=name, health_port=health_port), health_host=health_host, keeps_place=keeps_place
         )
-        asyncio.run(_run(setup, connect, metrics, options, follow))
+        asyncio.run(_run(setup, connect, metrics, tracer, options, follow))
     except Exception:
         import structlog
 
         structlog.get_logger().exception("worker_ended")
         code = EXIT_NOT_STARTED
+    tracer.close()
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads of Ray and Faust have nothing left to do that anybody waits for.

@@ -34,6 +34,7 @@ from infra.clock import Clock, SystemClock
 from infra.messaging.connection import Kafka, KafkaConnection
 from infra.messaging.producer import EventProducer
 from infra.messaging.reader import cluster_id, end_offsets
+from infra.tracing import OFF, Tracer
 from schemas.envelope import RawMessage
 from schemas.outcome import Answer
 from schemas.topics import commands_topic, events_topic
@@ -96,6 +97,7 @@ class WorkerObserver:
     in_flight: Callable[[int, int], None] = lambda messages, waiting_bytes: None
     last_progress: Callable[[Partition, float], None] = lambda partition, seconds_ago: None
     page: Callable[[], bytes] = lambda: b""
+    tracer: Tracer = OFF
 
 
 def build_faust_app(options: WorkerOptions) -> faust.App:
@@ -203,6 +205,7 @@ class StreamWorker:
                 assigned=lambda: self.assigned,
                 now_ms=self._clock.now_ms,
                 interval_s=options.timers_every_s,
+                tracer=self._observer.tracer,
             )
             jobs = (self._acknowledger.run(), timers.run(), self.lag.run(), self._beat())
             await stack.enter_async_context(_background(*map(self._guarded, jobs)))
@@ -266,6 +269,8 @@ class StreamWorker:
             consumer_group=options.consumer_group,
             patience=options.patience,
             answered=self._observer.answered,
+            tracer=self._observer.tracer,
+            client_id=options.name,
         )
         domain_of = {commands_topic(domain): domain for domain in options.domains}
 
@@ -277,7 +282,14 @@ class StreamWorker:
         for topic in domain_of:
             self._declare_agent(topic, pipelines, max_value_bytes=options.max_command_bytes)
         if options.projected_domain:
-            projection = Projection(runtime=self._runtime, log_identity=log_identity, patience=options.patience)
+            projection = Projection(
+                runtime=self._runtime,
+                log_identity=log_identity,
+                patience=options.patience,
+                tracer=self._observer.tracer,
+                consumer_group=options.consumer_group,
+                client_id=options.name,
+            )
             topic = events_topic(options.projected_domain)
             self._declare_agent(topic, self._pipelines(projection.work), max_value_bytes=None)
         self._app.on_partitions_revoked.connect(self._on_revoked, weak=False)

@@ -27,17 +27,19 @@ import structlog
 from actors.runtime import Placement, Runtime
 from infra.failpoints import reach
 from infra.messaging.errors import BrokerUnavailableError, DeliveryFailedError
+from infra.tracing import OFF, Tracer
 from schemas.envelope import (
+    ANSWER_TYPE,
     OutgoingMessage,
     build_dead_letter,
     build_event_message,
     build_result_message,
 )
 from schemas.outcome import DEAD_LETTERED, Answer
-from schemas.topics import commands_topic
-from schemas.trace_context import trace_context_of
+from schemas.topics import commands_topic, events_topic, results_topic
 from streams.asking import Patience, ask_until_answered
 from streams.partitions import Partition, Received
+from streams.traced_batch import TracedBatch, trace_batch
 
 log = structlog.get_logger()
 
@@ -64,6 +66,8 @@ class CommandProcessor:
         consumer_group: str,
         patience: Patience | None = None,
         publish_pause_s: float = 0.5,
+        tracer: Tracer = OFF,
+        client_id: str = "",
         answered: Callable[[str, Answer, int], None] = lambda domain, answer, sent_at_ms: None,
     ) -> None:
         self._domain_of: Mapping[str, str] = {commands_topic(domain): domain for domain in domains}
@@ -73,21 +77,28 @@ class CommandProcessor:
         self._consumer_group = consumer_group
         self._patience = patience or Patience()
         self._publish_pause_s = publish_pause_s
+        self._tracer = tracer
+        self._client_id = client_id
         self._answered = answered
 
     async def work(self, partition: Partition, batch: list[Received], tried: Callable[[], None]) -> None:
         """Carry out a batch and publish what came of it. Returns when the broker has all of it."""
         domain = self._domain_of[partition[0]]
-        await reach("worker.before_execute")
-        answers = await self._execute(domain, batch, tried)
-        await reach("worker.after_execute")
-        await self._publish(domain, batch, answers, tried)
+        with trace_batch(
+            self._tracer, partition, batch, consumer_group=self._consumer_group, client_id=self._client_id
+        ) as traced:
+            await reach("worker.before_execute")
+            answers = await self._execute(domain, batch, traced, tried)
+            await reach("worker.after_execute")
+            await self._publish(domain, batch, answers, traced, tried)
         for received, answer in zip(batch, answers, strict=True):
             self._answered(domain, answer, received.raw.timestamp_ms)
 
     # --- execute ------------------------------------------------------------------------------------------------
 
-    async def _execute(self, domain: str, batch: list[Received], tried: Callable[[], None]) -> list[Answer]:
+    async def _execute(
+        self, domain: str, batch: list[Received], traced: TracedBatch, tried: Callable[[], None]
+    ) -> list[Answer]:
         """The answers in the order of the batch. Commands of one key go to one actor, in their order."""
         by_actor: dict[str, list[int]] = {}
         for index, received in enumerate(batch):
@@ -96,7 +107,7 @@ class CommandProcessor:
         answers: list[Answer | None] = [None] * len(batch)
 
         async def ask(actor: str, indexes: list[int]) -> None:
-            messages = [batch[index].raw for index in indexes]
+            messages = [traced.raw(index, batch[index].raw) for index in indexes]
             replies = await ask_until_answered(self._runtime, actor, "execute", messages, self._patience, tried)
             for index, reply in zip(indexes, replies, strict=True):
                 answers[index] = reply
@@ -109,21 +120,32 @@ class CommandProcessor:
     # --- publish ------------------------------------------------------------------------------------------------
 
     async def _publish(
-        self, domain: str, batch: list[Received], answers: list[Answer], tried: Callable[[], None]
+        self,
+        domain: str,
+        batch: list[Received],
+        answers: list[Answer],
+        traced: TracedBatch,
+        tried: Callable[[], None],
     ) -> None:
         outgoing: list[OutgoingMessage] = []
         dead = False
-        for received, answer in zip(batch, answers, strict=True):
-            trace = trace_context_of(received.raw.headers)
-            outgoing += (build_event_message(event, answer=answer, trace=trace) for event in answer.events)
+        for index, (received, answer) in enumerate(zip(batch, answers, strict=True)):
+            traced.answered(index, answer)
+            for event in answer.events:
+                trace = traced.sending(index, events_topic(event.domain), event.type, message_id=event.id)
+                outgoing.append(build_event_message(event, answer=answer, trace=trace))
             if answer.status == DEAD_LETTERED:
                 dead = True
-                outgoing.append(self._dead_letter(received, answer))
+                dead_letter = self._dead_letter(received, answer)
+                traced.sending(index, dead_letter.topic)  # its headers stay as they came
+                outgoing.append(dead_letter)
+            trace = traced.sending(index, results_topic(domain), ANSWER_TYPE)
             outgoing.append(build_result_message(answer, domain=domain, trace=trace))
         await reach("worker.before_publish")
         if dead:
             await reach("worker.before_dead_letter")
         await self._deliver(outgoing, tried)
+        traced.sent()
         if dead:
             await reach("worker.after_dead_letter")
         await reach("worker.after_publish")

@@ -13,8 +13,10 @@ import structlog
 from actors.history_view import Applied, EventBatch
 from actors.runtime import Runtime
 from infra.failpoints import reach
+from infra.tracing import OFF, Tracer
 from streams.asking import Patience, ask_until_answered
 from streams.partitions import Partition, Received
+from streams.traced_batch import trace_batch
 
 log = structlog.get_logger()
 
@@ -25,18 +27,33 @@ class Projection:
     """The work of the event topics. `log_identity` is the id of the Kafka cluster that the events come from."""
 
     def __init__(
-        self, *, runtime: Runtime, log_identity: str, actor: str = VIEW_ACTOR, patience: Patience | None = None
+        self,
+        *,
+        runtime: Runtime,
+        log_identity: str,
+        actor: str = VIEW_ACTOR,
+        patience: Patience | None = None,
+        tracer: Tracer = OFF,
+        consumer_group: str = "",
+        client_id: str = "",
     ) -> None:
         self._runtime = runtime
         self._log_identity = log_identity
         self._actor = actor
         self._patience = patience or Patience()
+        self._tracer = tracer
+        self._consumer_group = consumer_group
+        self._client_id = client_id
 
     async def work(self, partition: Partition, batch: list[Received], tried: Callable[[], None]) -> None:
         """Have a batch of events applied, whatever it takes."""
-        await reach("projection.before_apply")
-        events = EventBatch(*partition, self._log_identity, tuple(received.raw for received in batch))
-        replies = await ask_until_answered(self._runtime, self._actor, "apply", [events], self._patience, tried)
+        with trace_batch(
+            self._tracer, partition, batch, consumer_group=self._consumer_group, client_id=self._client_id
+        ) as traced:
+            await reach("projection.before_apply")
+            raws = tuple(received.raw for received in batch)
+            events = EventBatch(*partition, self._log_identity, raws, traced.context)
+            replies = await ask_until_answered(self._runtime, self._actor, "apply", [events], self._patience, tried)
         applied: Applied = replies[0]
         if applied.unreadable:
             log.error("events_unreadable", topic=partition[0], partition=partition[1], events=applied.unreadable)

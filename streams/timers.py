@@ -14,12 +14,14 @@ import structlog
 
 from actors.runtime import Placement, Runtime, actor_name
 from infra.messaging.errors import MessagingError
+from infra.tracing import OFF, SEND, Tracer
 from schemas.envelope import build_command_message
 from schemas.registry import Registry, default_registry
 from schemas.topics import commands_topic
 from streams.asking import PASSING
 from streams.command_processor import Producer
 from streams.partitions import Partition
+from streams.traced_batch import send_attributes
 
 log = structlog.get_logger()
 
@@ -38,7 +40,9 @@ class Timers:
         now_ms: Callable[[], int],
         interval_s: float,
         registry: Registry | None = None,
+        tracer: Tracer = OFF,
     ) -> None:
+        self._tracer = tracer
         self._domains = domains
         self._runtime = runtime
         self._placement = placement
@@ -64,13 +68,24 @@ class Timers:
         """Publish what is due in `domain` now; how many commands that were."""
         now_ms = self._now_ms()
         deliveries = []
+        spans = []
         for shard in range(self._placement.shards[domain]):
             (due,) = await self._runtime.ask(actor_name(domain, shard), "due", [now_ms])
             for command_id, type_name, body, _routing_key in due:
                 command = self._registry.command(type_name).model_validate_json(body)
+                topic = commands_topic(command.domain)
+                told = {"messaging.message.id": command_id, "concord.message.type": type_name}
+                span = self._tracer.start(SEND, topic, attributes={**send_attributes(topic), **told})
+                spans.append(span)
                 message = build_command_message(
-                    command, command_id=command_id, time_ms=now_ms, source=f"concord:/timers/{domain}"
+                    command,
+                    command_id=command_id,
+                    time_ms=now_ms,
+                    source=f"concord:/timers/{domain}",
+                    trace=span.context,
                 )
                 deliveries.append(await self._producer.send(message.topic, message.key, message.value, message.headers))
         await asyncio.gather(*deliveries)
+        for span in spans:
+            span.end()
         return len(deliveries)
