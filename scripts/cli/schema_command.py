@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,21 +27,47 @@ OptionalFile = Annotated[
         show_default=False,
     ),
 ]  # fmt: skip
-Storage = Annotated[
-    str | None,
-    typer.Option("--storage", metavar="URL", help="Which storage (default: that of the system in --data)."),
-]
 CoordinatorNamespace = Annotated[
     str, typer.Option("--coordinator-namespace", metavar="NAME", help="Where transactions are decided.")
-]
-ReplicationFactor = Annotated[int | None, typer.Option(min=1, help="Copies of each row in new namespaces (Cassandra).")]
-ReplicationStrategy = Annotated[
-    str | None, typer.Option(help="SimpleStrategy or NetworkTopologyStrategy, for new namespaces (Cassandra).")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Drop without asking.")]
 
 COORDINATOR = "coordinator"
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which storage is meant, and how to answer."""
+
+    storage: Annotated[
+        str | None,
+        typer.Option("--storage", metavar="URL", help="Which storage (default: that of the system in --data)."),
+    ] = None
+    data: Data = DEFAULT_DIRECTORY
+    output: Shape = None
+
+
+@dataclass(frozen=True)
+class Copies:
+    """How new namespaces are replicated."""
+
+    replication_factor: Annotated[
+        int | None, typer.Option(min=1, help="Copies of each row in new namespaces (Cassandra).")
+    ] = None
+    replication_strategy: Annotated[
+        str | None, typer.Option(help="SimpleStrategy or NetworkTopologyStrategy, for new namespaces (Cassandra).")
+    ] = None
+
+    def as_options(self) -> dict[str, str | None]:
+        return {
+            "replication-factor": None if self.replication_factor is None else str(self.replication_factor),
+            "replication-strategy": self.replication_strategy,
+        }
+
+
+HERE = Where()
+NO_COPIES = Copies()
 
 
 def register(app: typer.Typer) -> None:
@@ -63,10 +90,8 @@ def _reading(schema: typer.Typer) -> None:
         ] = None,
         as_file: Annotated[bool, typer.Option("--as-file", help="As a schema file.")] = False,
         metadata: Annotated[bool, typer.Option("--metadata", help="With transaction columns.")] = False,
-        storage: Storage = None,
         coordinator_namespace: CoordinatorNamespace = COORDINATOR,
-        data: Data = DEFAULT_DIRECTORY,
-        output: Shape = None,
+        where: Where = HERE,
     ) -> None:  # fmt: skip
         """The tables as they are."""
         from infra.consensus_commit.schema import as_declared
@@ -84,7 +109,7 @@ def _reading(schema: typer.Typer) -> None:
                 for name, table in stored.items()
                 if (name in names if names else table.namespace != coordinator_namespace)
             ]
-            shape = Output.of(output)
+            shape = Output.of(where.output)
             if as_file:
                 print(render(as_declared(table) for table in chosen), file=shape.stream)
                 return
@@ -93,62 +118,54 @@ def _reading(schema: typer.Typer) -> None:
             if shape.human and not chosen:
                 print("No tables.", file=shape.stream)
 
-        _run(work, storage, data)
+        _run(work, where)
 
     @command(schema, "diff")
     def diff(
         file: OptionalFile = None,
-        storage: Storage = None,
         coordinator_namespace: CoordinatorNamespace = COORDINATOR,
-        data: Data = DEFAULT_DIRECTORY,
-        output: Shape = None,
+        where: Where = HERE,
     ) -> ExitCode:
         """How the tables differ from those declared, with the remedy. Exit code 1 if they do, 0 if they do not."""
         from scripts.cli.schema import declared_by, difference_as_json, find_differences
 
         async def work(place: Place) -> ExitCode:
-            declared = declared_by(file, place, System.find(data), coordinator_namespace)
+            declared = declared_by(file, place, System.find(where.data), coordinator_namespace)
             found = await find_differences(place, declared, coordinator_namespace)
-            shape = Output.of(output)
+            shape = Output.of(where.output)
             for difference in found:
                 shape.show(difference_as_json(difference), _said(f"{difference}: {difference.remedy}"))
             if shape.human and not found:
                 print("No differences.", file=shape.stream)
             return ExitCode.FAILED if found else ExitCode.DONE
 
-        return ExitCode(_run(work, storage, data, begun=False))
+        return ExitCode(_run(work, where, begun=False))
 
 
 def _changing(schema: typer.Typer) -> None:
     @command(schema, "apply")
     def apply(
         file: OptionalFile = None,
-        storage: Storage = None,
-        replication_factor: ReplicationFactor = None,
-        replication_strategy: ReplicationStrategy = None,
+        copies: Copies = NO_COPIES,
         dry_run: DryRun = False,
         coordinator_namespace: CoordinatorNamespace = COORDINATOR,
-        data: Data = DEFAULT_DIRECTORY,
-        output: Shape = None,
+        where: Where = HERE,
     ) -> None:
         """Create what is missing: namespaces, tables, indexes, and the coordinator's tables.
 
         Does nothing the second time. Refuses, before it does anything, if a table is there with other columns or keys.
         """
-        options = _options(replication_factor, replication_strategy)
-        _change("apply", file, storage, options, dry_run, coordinator_namespace, data, output)
+        _change("apply", file, where, copies.as_options(), dry_run, coordinator_namespace)
 
     @command(schema, "alter")
     def alter(
         file: OptionalFile = None,
-        storage: Storage = None,
         dry_run: DryRun = False,
         coordinator_namespace: CoordinatorNamespace = COORDINATOR,
-        data: Data = DEFAULT_DIRECTORY,
-        output: Shape = None,
+        where: Where = HERE,
     ) -> None:
         """Add columns, and create and drop indexes, until tables are as declared. Keys, types and values stay."""
-        _change("alter", file, storage, {}, dry_run, coordinator_namespace, data, output)
+        _change("alter", file, where, {}, dry_run, coordinator_namespace)
 
     @command(schema, "repair")
     def repair(
@@ -159,28 +176,22 @@ def _changing(schema: typer.Typer) -> None:
                 show_default=False,
             ),
         ] = None,
-        storage: Storage = None,
-        replication_factor: ReplicationFactor = None,
-        replication_strategy: ReplicationStrategy = None,
+        copies: Copies = NO_COPIES,
         dry_run: DryRun = False,
         coordinator_namespace: CoordinatorNamespace = COORDINATOR,
-        data: Data = DEFAULT_DIRECTORY,
-        output: Shape = None,
+        where: Where = HERE,
     ) -> None:  # fmt: skip
         """Make half-made tables whole: transaction columns, before-images and their indexes, coordinator tables.
 
         Tables of ScalarDB before 3.16.5 lack the indexes of before-images, for one.
         """
-        options = _options(replication_factor, replication_strategy)
-        _change("repair", file, storage, options, dry_run, coordinator_namespace, data, output)
+        _change("repair", file, where, copies.as_options(), dry_run, coordinator_namespace)
 
     @command(schema, "import")
     def import_(
         file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that names the tables, - for stdin.")],
-        storage: Storage = None,
         dry_run: DryRun = False,
-        data: Data = DEFAULT_DIRECTORY,
-        output: Shape = None,
+        where: Where = HERE,
     ) -> None:
         """Make plain tables transactional; the rows that are there count as committed."""
         from scripts.cli.schema import execute, plan_import
@@ -189,9 +200,9 @@ def _changing(schema: typer.Typer) -> None:
             found = await plan_import(place, file)
             if found.steps and not dry_run:
                 place.check_at_rest()
-            await _do(Output.of(output), found.steps, found.left, execute(place, found.steps), dry_run)
+            await _do(Output.of(where.output), found.steps, found.left, execute(place, found.steps), dry_run)
 
-        _run(work, storage, data)
+        _run(work, where)
 
 
 def _dropping(schema: typer.Typer) -> None:
@@ -208,10 +219,8 @@ def _dropping(schema: typer.Typer) -> None:
         coordinator: Annotated[bool, typer.Option("--coordinator", help="The coordinator's tables, too.")] = False,
         yes: Yes = False,
         dry_run: DryRun = False,
-        storage: Storage = None,
         coordinator_namespace: CoordinatorNamespace = COORDINATOR,
-        data: Data = DEFAULT_DIRECTORY,
-        output: Shape = None,
+        where: Where = HERE,
     ) -> None:
         """Drop tables with all their rows, and the namespaces that this leaves empty. Asks first."""
         from infra.storage.schema_file import parse
@@ -239,21 +248,18 @@ def _dropping(schema: typer.Typer) -> None:
                 with_coordinator=coordinator,
                 coordinator=coordinator_namespace,
             )
-            await _drop(place, steps, yes=yes, dry_run=dry_run, shape=Output.of(output))
+            await _drop(place, steps, yes=yes, dry_run=dry_run, shape=Output.of(where.output))
 
-        _run(work, storage, data)
+        _run(work, where)
 
 
 def _of_coordinator(coordinator: typer.Typer) -> None:
     @command(coordinator, "create")
     def create(
-        storage: Storage = None,
-        replication_factor: ReplicationFactor = None,
-        replication_strategy: ReplicationStrategy = None,
+        copies: Copies = NO_COPIES,
         dry_run: DryRun = False,
         coordinator_namespace: CoordinatorNamespace = COORDINATOR,
-        data: Data = DEFAULT_DIRECTORY,
-        output: Shape = None,
+        where: Where = HERE,
     ) -> None:
         """Create the coordinator's tables, if they are missing."""
         from infra.consensus_commit.schema import Command
@@ -266,38 +272,34 @@ def _of_coordinator(coordinator: typer.Typer) -> None:
                 for table in coordinator_tables(place.storage, coordinator_namespace)
             ]
             found = await plan_for(Command.APPLY, place, declared, coordinator_namespace)
-            await _do(Output.of(output), found.steps, found.left, execute(place, found.steps, declared), dry_run)
+            await _do(Output.of(where.output), found.steps, found.left, execute(place, found.steps, declared), dry_run)
 
-        _run(work, storage, data, _options(replication_factor, replication_strategy), begun=False)
+        _run(work, where, copies.as_options(), begun=False)
 
     @command(coordinator, "show")
     def show(
-        storage: Storage = None,
         coordinator_namespace: CoordinatorNamespace = COORDINATOR,
-        data: Data = DEFAULT_DIRECTORY,
-        output: Shape = None,
+        where: Where = HERE,
     ) -> None:
         """The coordinator's tables as they are."""
         from scripts.cli.schema import table_as_json
 
         async def work(place: Place) -> None:
-            shape = Output.of(output)
+            shape = Output.of(where.output)
             found = [table for table in await place.storage.tables() if table.namespace == coordinator_namespace]
             for table in found:
                 shape.show(table_as_json(table, metadata=True), table_for_people)
             if shape.human and not found:
                 print("No tables. `concord schema coordinator create` makes them.", file=shape.stream)
 
-        _run(work, storage, data)
+        _run(work, where)
 
     @command(coordinator, "drop")
     def drop(
         yes: Yes = False,
         dry_run: DryRun = False,
-        storage: Storage = None,
         coordinator_namespace: CoordinatorNamespace = COORDINATOR,
-        data: Data = DEFAULT_DIRECTORY,
-        output: Shape = None,
+        where: Where = HERE,
     ) -> None:
         """Drop the coordinator's tables. Refused while there are transactional tables, whose records may need them."""
         from scripts.cli.schema import plan_drop
@@ -306,25 +308,17 @@ def _of_coordinator(coordinator: typer.Typer) -> None:
             steps = await plan_drop(
                 place, (), everything=False, with_coordinator=True, coordinator=coordinator_namespace
             )
-            await _drop(place, steps, yes=yes, dry_run=dry_run, shape=Output.of(output))
+            await _drop(place, steps, yes=yes, dry_run=dry_run, shape=Output.of(where.output))
 
-        _run(work, storage, data)
+        _run(work, where)
 
 
 # -- what they share
 
 
-def _options(replication_factor: int | None, replication_strategy: str | None) -> dict[str, str | None]:
-    return {
-        "replication-factor": None if replication_factor is None else str(replication_factor),
-        "replication-strategy": replication_strategy,
-    }
-
-
 def _run(
     work: Callable[[Place], Awaitable[Any]],
-    url: str | None,
-    directory: Path,
+    where: Where,
     options: Mapping[str, str | None] | None = None,
     *,
     begun: bool = True,
@@ -335,7 +329,7 @@ def _run(
     from scripts.cli.schema import Place, opened
 
     async def run() -> Any:
-        place = Place.find(url, System.find(directory), options)
+        place = Place.find(where.storage, System.find(where.data), options)
         _warn_of_options(place, place.options)
         async with opened(place):
             if begun:
@@ -348,12 +342,10 @@ def _run(
 def _change(
     name: str,
     file: Path | None,
-    url: str | None,
+    where: Where,
     options: Mapping[str, str | None],
     dry_run: bool,
     coordinator: str,
-    directory: Path,
-    output: Any,
 ) -> None:
     from infra.consensus_commit.schema import Command
     from scripts.cli.schema import declared_by, execute, plan_for, stored_declarations
@@ -367,14 +359,14 @@ def _change(
         else:
             # What alter is not there to create, it does not miss: ScalarDB's own storages have no table of intents.
             needed = chosen is not Command.ALTER
-            declared = declared_by(file, place, System.find(directory), coordinator, with_coordinator=needed)
+            declared = declared_by(file, place, System.find(where.data), coordinator, with_coordinator=needed)
         _warn_of_options(place, {name for declaration in declared for name in declaration.options})
         found = await plan_for(chosen, place, declared, coordinator)
         if found.steps and not dry_run and chosen is not Command.APPLY:
             place.check_at_rest()
-        await _do(Output.of(output), found.steps, found.left, execute(place, found.steps, declared), dry_run)
+        await _do(Output.of(where.output), found.steps, found.left, execute(place, found.steps, declared), dry_run)
 
-    _run(work, url, directory, options, begun=chosen is not Command.APPLY)
+    _run(work, where, options, begun=chosen is not Command.APPLY)
 
 
 def _warn_of_options(place: Place, options: Iterable[str]) -> None:

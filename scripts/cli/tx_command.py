@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from scripts.cli.exit_codes import ExitCode
-from scripts.cli.options import DEFAULT_DIRECTORY, Data, Shape, command
+from scripts.cli.options import command
 from scripts.cli.output import Output, cell
-from scripts.cli.schema_command import COORDINATOR, CoordinatorNamespace, Storage
+from scripts.cli.schema_command import COORDINATOR, HERE, CoordinatorNamespace, Where
 from scripts.cli.system import System
 
 if TYPE_CHECKING:
@@ -32,10 +31,8 @@ def register(app: typer.Typer) -> None:
     def show(
         tx_id: TxId,
         tables: Tables = None,
-        storage: Storage = None,
         coordinator_namespace: CoordinatorNamespace = COORDINATOR,
-        data: Data = DEFAULT_DIRECTORY,
-        output: Shape = None,
+        where: Where = HERE,
     ) -> ExitCode:
         """What was decided, and which records wait for it. Exit code 5 if nothing was. Changes nothing.
 
@@ -45,31 +42,29 @@ def register(app: typer.Typer) -> None:
 
         async def work(transactions: Transactions) -> ExitCode:
             found = await transactions.look_up(tx_id, tables or ())
-            Output.of(output).show(as_json(found), for_people)
+            Output.of(where.output).show(as_json(found), for_people)
             return ExitCode.NO_ANSWER if found.state is None else ExitCode.DONE
 
-        return ExitCode(_run(work, storage, data, coordinator_namespace))
+        return ExitCode(_run(work, where, coordinator_namespace))
 
     @command(tx, "recover")
     def recover(
         tx_id: TxId,
         tables: Tables = None,
         abort: Annotated[bool, typer.Option("--abort", help="Abort it first, if nothing is decided.")] = False,
-        storage: Storage = None,
         coordinator_namespace: CoordinatorNamespace = COORDINATOR,
-        data: Data = DEFAULT_DIRECTORY,
-        output: Shape = None,
+        where: Where = HERE,
     ) -> None:
         """Bring every record that waits for this transaction to rest: forward if it committed, back if it aborted."""
 
         async def work(transactions: Transactions) -> None:
             state, settled = await transactions.recover(tx_id, tables or (), abort=abort)
-            Output.of(output).show(
+            Output.of(where.output).show(
                 {"tx_id": tx_id, "state": state.state.name, "settled": settled},
                 lambda done: f"{done['state']}; {settled} settled",
             )
 
-        _run(work, storage, data, coordinator_namespace)
+        _run(work, where, coordinator_namespace)
 
     @command(tx, "finish")
     def finish(
@@ -77,10 +72,8 @@ def register(app: typer.Typer) -> None:
         writer_is_gone: Annotated[
             bool, typer.Option("--writer-is-gone", help="Its program has ended: also forget that it was aborted.")
         ] = False,
-        storage: Storage = None,
         coordinator_namespace: CoordinatorNamespace = COORDINATOR,
-        data: Data = DEFAULT_DIRECTORY,
-        output: Shape = None,
+        where: Where = HERE,
     ) -> None:
         """Bring every record of a decided transaction to rest, then forget its decision.
 
@@ -90,24 +83,24 @@ def register(app: typer.Typer) -> None:
         async def work(transactions: Transactions) -> None:
             state, settled = await transactions.finish(tx_id, writer_is_gone=writer_is_gone)
             name = None if state is None else state.state.name
-            Output.of(output).show(
+            Output.of(where.output).show(
                 {"tx_id": tx_id, "state": name, "settled": settled, "finished": True},
                 lambda _: (
                     "Finished before, or never begun." if name is None else f"{name}; {settled} settled; forgotten"
                 ),
             )
 
-        _run(work, storage, data, coordinator_namespace)
+        _run(work, where, coordinator_namespace)
 
 
-def _run(work: Callable[[Transactions], Awaitable[Any]], url: str | None, directory: Path, coordinator: str) -> Any:
+def _run(work: Callable[[Transactions], Awaitable[Any]], where: Where, coordinator: str) -> Any:
     import asyncio
 
     from scripts.cli.schema import Place, opened
     from scripts.cli.transactions import transactions_of
 
     async def run() -> Any:
-        async with opened(Place.find(url, System.find(directory))) as place:
+        async with opened(Place.find(where.storage, System.find(where.data))) as place:
             await place.check_begun()
             async with transactions_of(place.storage, coordinator=coordinator) as transactions:
                 return await work(transactions)
