@@ -19,7 +19,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -32,9 +32,13 @@ from infra.messaging.connection import Kafka, KafkaConnection, start
 from infra.messaging.errors import BrokerUnavailableError, DeliveryFailedError, MessagingError
 from infra.messaging.producer import Delivery, EventProducer
 from infra.messaging.reader import end_offsets
+from infra.tracing import NO_SPAN, OFF, SEND, Attributes, Span, Tracer
 from schemas.envelope import OutgoingMessage, RawMessage, derived_id
 from schemas.outcome import Answer
 from schemas.topics import results_topic
+from schemas.trace_context import TRACEPARENT, TraceContext
+
+CLIENT_ID = "concord-cli"
 
 _POLL_MS = 100
 _PAUSE_S = 0.5
@@ -54,6 +58,7 @@ class Submitted:
     delivered: asyncio.Future[Delivery]
     answered_at_s: float = 0.0
     sent: bool = field(default=False, repr=False)
+    span: Span = NO_SPAN
 
     @property
     def latency_s(self) -> float:
@@ -64,10 +69,20 @@ class Submitted:
 class CommandClient:
     """Use as an async context manager. `domains` are those whose answers are waited for; none: nobody waits.
 
-    Entering raises BrokerUnavailableError and UnknownTopicError; afterwards an absent broker is waited for.
+    Entering raises BrokerUnavailableError and UnknownTopicError; afterwards an absent broker is waited for. Each
+    command gets a span of `tracer`, which its message names, under `parent`; one that names a span already keeps that.
     """
 
-    def __init__(self, find_kafka: Callable[[], Kafka], domains: Sequence[str]) -> None:
+    def __init__(
+        self,
+        find_kafka: Callable[[], Kafka],
+        domains: Sequence[str],
+        *,
+        tracer: Tracer = OFF,
+        parent: TraceContext | None = None,
+    ) -> None:
+        self._tracer = tracer
+        self._parent = parent
         self._find_kafka = find_kafka
         self._topics = [results_topic(domain) for domain in domains]
         self._kafka = KafkaConnection("")
@@ -112,14 +127,39 @@ class CommandClient:
         """
         loop = asyncio.get_running_loop()
         self._submitted += 1
+        span, message = self._traced(message, id)
         submitted = Submitted(
-            self._submitted, message, id, digest, time.monotonic(), loop.create_future(), loop.create_future()
+            self._submitted,
+            message,
+            id,
+            digest,
+            time.monotonic(),
+            loop.create_future(),
+            loop.create_future(),
+            span=span,
         )
         if id is not None:
             self._expect(submitted, id)
         self._unconfirmed[submitted.number] = submitted
         self._to_send.set()
         return submitted
+
+    def _traced(self, message: OutgoingMessage, id: str | None) -> tuple[Span, OutgoingMessage]:
+        if not self._tracer.on or any(name == TRACEPARENT for name, _ in message.headers):
+            return NO_SPAN, message
+        told: Attributes = {
+            "messaging.system": "kafka",
+            "messaging.operation.name": "send",
+            "messaging.operation.type": "send",
+            "messaging.destination.name": message.topic,
+            "messaging.client.id": CLIENT_ID,
+            "messaging.message.body.size": len(message.value or b""),
+            **({"messaging.message.id": id} if id is not None else {}),
+        }
+        span = self._tracer.start(SEND, message.topic, parent=self._parent, attributes=told)
+        if span.context is None:
+            return span, message
+        return span, replace(message, headers=(*message.headers, *span.context.headers()))
 
     def forget(self, submitted: Submitted) -> None:
         """Nobody waits for this answer any more."""
@@ -177,7 +217,12 @@ class CommandClient:
         if error is None:
             self._unconfirmed.pop(submitted.number, None)
             if not submitted.delivered.done():
-                submitted.delivered.set_result(done.result())
+                place = done.result()
+                submitted.span.note(
+                    {"messaging.destination.partition.id": str(place.partition), "messaging.kafka.offset": place.offset}
+                )
+                submitted.span.end()
+                submitted.delivered.set_result(place)
             if submitted.id is None:
                 place = done.result()
                 raw = RawMessage(place.topic, place.partition, place.offset, 0, None, (), None)
@@ -192,7 +237,9 @@ class CommandClient:
         self._to_send.set()
 
     def _give_up(self, submitted: Submitted, error: BaseException) -> None:
-        self._unconfirmed.pop(submitted.number, None)
+        if self._unconfirmed.pop(submitted.number, None) is not None:
+            submitted.span.fail(type(error).__name__)
+            submitted.span.end()
         for future in (submitted.answer, submitted.delivered):
             if not future.done():
                 future.set_exception(error)
@@ -257,7 +304,7 @@ class CommandClient:
 
     async def _connect(self, address: KafkaConnection) -> None:
         self._kafka = address
-        self._producer = EventProducer(address, client_id="concord-cli", delivery_timeout_ms=_DELIVERY_TIMEOUT_MS)
+        self._producer = EventProducer(address, client_id=CLIENT_ID, delivery_timeout_ms=_DELIVERY_TIMEOUT_MS)
         if self._topics:
             await self._connect_consumer()
         await self._producer.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -251,11 +252,19 @@ async def _outcomes(
     import asyncio
     from collections import deque
 
+    from infra.tracing import open_tracer
     from schemas.registry import DOMAINS
+    from schemas.trace_context import TRACEPARENT, TRACESTATE, trace_context_of
     from scripts.cli.client import CommandClient
 
     system.bootstrap_servers  # noqa: B018 - says so if there is no system, before anything is read
-    client = CommandClient(lambda: System.find(system.directory).kafka, DOMAINS if wait_s else ())
+    tracer = open_tracer(system.settings.tracing, service="cli", process=f"cli-{os.getpid()}")
+    client = CommandClient(
+        lambda: System.find(system.directory).kafka,
+        DOMAINS if wait_s else (),
+        tracer=tracer,
+        parent=trace_context_of([(name, os.environb.get(name.upper().encode())) for name in (TRACEPARENT, TRACESTATE)]),
+    )
     waiting: deque[asyncio.Task[dict[str, Any]]] = deque()
     async with client:
         try:
@@ -272,6 +281,7 @@ async def _outcomes(
         finally:
             for task in waiting:
                 task.cancel()
+            tracer.close()
 
 
 async def _outcome(client: CommandClient, given: Outgoing | dict[str, Any], wait_s: float) -> dict[str, Any]:
@@ -291,13 +301,20 @@ async def _outcome(client: CommandClient, given: Outgoing | dict[str, Any], wait
             "topic": place.topic,
             "partition": place.partition,
             "offset": place.offset,
+            **_trace(submitted),
         }
     try:
         async with asyncio.timeout(wait_s):
             answer = await asyncio.shield(submitted.answer)
     except TimeoutError:
-        return _no_answer(given, submitted, wait_s)
-    return answer.to_status()
+        return _no_answer(given, submitted, wait_s) | _trace(submitted)
+    return answer.to_status() | _trace(submitted)
+
+
+def _trace(submitted: Submitted) -> dict[str, str]:
+    """Which trace shows what became of the command, where it is recorded."""
+    context = submitted.span.context
+    return {"trace_id": context.trace_id} if submitted.span.recording and context is not None else {}
 
 
 def _no_answer(given: Outgoing, submitted: Submitted, wait_s: float) -> dict[str, Any]:
@@ -310,7 +327,11 @@ def _no_answer(given: Outgoing, submitted: Submitted, wait_s: float) -> dict[str
 def _for_people(outcome: Mapping[str, Any]) -> str:
     if outcome["status"] == "sent":
         place = f"{outcome['topic']}[{outcome['partition']}]@{outcome['offset']}"
-        return f"sent  {outcome['type']} {outcome['id']}  to {place}"
+        return f"sent  {outcome['type']} {outcome['id']}  to {place}{_trace_for_people(outcome)}"
     if outcome["status"] == "invalid":
         return f"invalid  line {outcome['line']}: {outcome['reason']}"
-    return for_people(outcome)
+    return f"{for_people(outcome)}{_trace_for_people(outcome)}"
+
+
+def _trace_for_people(outcome: Mapping[str, Any]) -> str:
+    return f"\n  {'trace_id':<13} {outcome['trace_id']}" if "trace_id" in outcome else ""
