@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import pickle
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from actors.runtime import ActorLostError, ActorSilentError, Mailroom
 from actors.system import Actor, Observer, SystemConfig, actor_names, build_actor
 from infra.clock import SystemClock
+from infra.storage.connect import StorageAddress
 from infra.storage.connect import connect as connect_storage
 
 NAMESPACE = "concord"
@@ -61,7 +63,7 @@ class ActorSetup:
 
     name: str
     config: SystemConfig
-    storage_url: str
+    storage: StorageAddress
     prepare_process: str = ""
     prepare_argument: str = ""
 
@@ -98,7 +100,7 @@ class ConcordActor:
             module, _, function = self._setup.prepare_process.partition(":")
             prepare = getattr(importlib.import_module(module), function)
             observer = prepare(self._setup.name, self._setup.prepare_argument)
-        storage = connect_storage(self._setup.storage_url)
+        storage = connect_storage(self._setup.storage)
         actor = build_actor(
             self._setup.name,
             self._setup.config,
@@ -189,7 +191,8 @@ class RayRuntime:
 
 
 class RayCluster:
-    """The Ray of this machine and the system's actors on it, owned by this process: they end with it."""
+    """A Ray and the system's actors on it, which are owned by this process: they end with it. So does the Ray, if this
+    process started it."""
 
     def __init__(self, address: str, dashboard_url: str, handles: dict[str, Any]) -> None:
         self.address = address
@@ -240,7 +243,7 @@ class RayCluster:
             return None
 
     def stop(self) -> None:
-        """End the actors and the cluster. Actors may be stopped at any instant, so nothing is asked of them first."""
+        """End the actors, and the cluster if it is ours. They may be ended at any instant: nothing is asked of them."""
         for handle in self._handles.values():
             ray.kill(handle, no_restart=True)
         ray.shutdown()
@@ -249,7 +252,8 @@ class RayCluster:
 def start_cluster(
     config: SystemConfig,
     *,
-    storage_url: str,
+    storage: StorageAddress,
+    address: str = "",
     prepare_process: str = "",
     prepare_argument: str = "",
     dashboard_port: int = 8265,
@@ -259,34 +263,51 @@ def start_cluster(
 ) -> RayCluster:
     """Start Ray on this machine and every actor of the system; blocks for about ten seconds.
 
+    With an `address` Ray runs already: this machine is one of its nodes, and the actors are spread over all of them.
+
     Ray puts its own SIGTERM handler in place; `restore_signals` is called when that is done.
     """
+    here: dict[str, Any] = {
+        "num_cpus": num_cpus,
+        "object_store_memory": 80 * 2**20,  # what crosses is small and inline
+        "include_dashboard": include_dashboard,
+        "dashboard_host": "127.0.0.1",
+        "dashboard_port": dashboard_port,
+        "_node_ip_address": "127.0.0.1",
+    }
     context = ray.init(
-        namespace=NAMESPACE,
-        num_cpus=num_cpus,
-        object_store_memory=80 * 2**20,  # what crosses is small and inline
-        include_dashboard=include_dashboard,
-        dashboard_host="127.0.0.1",
-        dashboard_port=dashboard_port,
-        log_to_driver=False,
-        configure_logging=False,
-        _node_ip_address="127.0.0.1",
+        namespace=NAMESPACE, log_to_driver=False, configure_logging=False, **({"address": address} if address else here)
     )
     restore_signals()
-    remote = ray.remote(ConcordActor)
-    handles = {
-        name: remote.options(
-            name=name,
-            namespace=NAMESPACE,
-            num_cpus=0,
-            max_restarts=-1,
-            max_task_retries=0,
-            max_pending_calls=MAX_PENDING_CALLS,
-            max_concurrency=10_000,  # what waits for storage or for a key must not keep a decision out
-        ).remote(ActorSetup(name, config, storage_url, prepare_process, prepare_argument))
-        for name in actor_names(config)
-    }
+    setups = [ActorSetup(name, config, storage, prepare_process, prepare_argument) for name in actor_names(config)]
+    handles = {setup.name: _create(setup, spread=bool(address)) for setup in setups}
     return RayCluster(context.address_info["address"], context.dashboard_url or "", handles)
+
+
+NAME_FREE_WITHIN_S = 30.0
+"""How long an actor of a predecessor that was killed may keep its name."""
+
+
+def _create(setup: ActorSetup, *, spread: bool) -> Any:
+    """One actor. Raises ValueError if another driver has one of that name and does not end."""
+    options = ray.remote(ConcordActor).options(
+        name=setup.name,
+        namespace=NAMESPACE,
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=0,
+        max_pending_calls=MAX_PENDING_CALLS,
+        max_concurrency=10_000,  # what waits for storage or for a key must not keep a decision out
+        **({"scheduling_strategy": "SPREAD"} if spread else {}),
+    )
+    until_s = time.monotonic() + NAME_FREE_WITHIN_S
+    while True:
+        try:
+            return options.remote(setup)
+        except ValueError:
+            if time.monotonic() > until_s:
+                raise
+            time.sleep(0.5)
 
 
 def connect(address: str) -> RayRuntime:

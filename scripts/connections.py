@@ -67,6 +67,14 @@ def storage_address(settings: Settings) -> StorageAddress:
     )
 
 
+def ray_environment(settings: Settings) -> dict[str, str]:
+    """What Ray must find in its environment to present the token of the settings, and to ask for it."""
+    if settings.ray.token_file is not None:
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(settings.ray.token_file)}
+    token = secret_of(settings.ray, "token")
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {}
+
+
 def open_storage(settings: Settings) -> Storage:
     """The storage of the settings; nothing is opened yet. Raises InvalidOperationError and ConfigurationError."""
     return connect(storage_address(settings))

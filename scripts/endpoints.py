@@ -1,4 +1,5 @@
-"""The supervisor's HTTP endpoints: health for probes, metrics for Prometheus. Read-only, on this machine only.
+"""The supervisor's HTTP endpoints: health for probes, metrics for Prometheus. Read-only, on this machine only unless
+told otherwise: nothing here is authenticated.
 
 /          what there is
 /healthz   200 while the supervisor's loop turns
@@ -20,14 +21,25 @@ from infra.servers.errors import PortTakenError
 from scripts.measuring import parts_ready, processes_of_run
 from scripts.preflight import HOST
 
+EVERY_ADDRESS = ("0.0.0.0", "::")
+
 Readiness = Callable[[], Mapping[str, Any]]
 """What is ready and what is not: {"ready": bool, …}."""
 
 
 class Endpoints:
-    """Serves until `stop`. `port` 0 chooses a free one; `url` is known once started."""
+    """Serves until `stop`. `port` 0 chooses a free one; `url`, for this machine, is known once started."""
 
-    def __init__(self, *, port: int, readiness: Readiness, metrics_directory: Path, index: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        *,
+        port: int,
+        readiness: Readiness,
+        metrics_directory: Path,
+        index: Mapping[str, Any],
+        host: str = HOST,
+    ) -> None:
+        self._host = host
         self._port = port
         self._readiness = readiness
         self._metrics_directory = metrics_directory
@@ -48,7 +60,7 @@ class Endpoints:
         )
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, HOST, self._port)
+        site = web.TCPSite(self._runner, self._host, self._port)
         try:
             await site.start()
         except OSError as error:
@@ -58,7 +70,8 @@ class Endpoints:
                 remedy="Stop that process, or set CONCORD_HTTP_PORT to another port (0: any that is free).",
                 setting="CONCORD_HTTP_PORT",
             ) from error
-        self.url = f"http://{HOST}:{self._runner.addresses[0][1]}"
+        here = HOST if self._host in EVERY_ADDRESS else self._host
+        self.url = f"http://{here}:{self._runner.addresses[0][1]}"
         return self.url
 
     async def stop(self) -> None:

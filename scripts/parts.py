@@ -29,7 +29,7 @@ from infra.servers import guard
 from infra.servers.processes import ChildProcess, spawn
 from scripts import preflight
 from scripts.actor_process import PREPARE, ActorProcess
-from scripts.connections import kafka_connection, open_storage
+from scripts.connections import kafka_connection, open_storage, ray_environment, storage_address
 from scripts.outside import Outside, servers_outside
 from scripts.servers import Progress, Server, local_cassandra, local_kafka
 from scripts.wiring import create_tables, kafka_topics, system_config
@@ -105,12 +105,15 @@ def _start_ray(settings: Settings) -> Cluster:
     logger.handlers.clear()
     logger.propagate = True
     logger.setLevel(logging.ERROR)
+    os.environ.update(ray_environment(settings))
     process = ActorProcess(
         log_level=settings.log_level, metrics_dir=str(settings.data_dir / "metrics"), tracing=settings.tracing
     )
     return start_cluster(
         system_config(settings),
-        storage_url=settings.storage_url,
+        storage=storage_address(settings),
+        address=settings.ray.address,
+        include_dashboard=settings.ray.dashboard,
         prepare_process=PREPARE,
         prepare_argument=process.to_argument(),
         dashboard_port=settings.dashboard_port or preflight.free_port(),

@@ -173,6 +173,7 @@ class _Supervisor:
             Worker(f"worker-{number}", self._directory, parts.worker_command) for number in range(settings.workers)
         ]
         self._endpoints = Endpoints(
+            host=settings.http_host,
             port=settings.http_port,
             readiness=self._readiness,
             metrics_directory=self._directory / "metrics",

@@ -138,6 +138,9 @@ def run_worker(
     """
     configure_logging(setup.settings.log_level, process=name)
     faulthandler.enable()
+    from scripts.connections import ray_environment
+
+    os.environ.update(ray_environment(setup.settings))
     # Before Ray or Faust are imported: prometheus_client learns only at its first import what is shared.
     shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     metrics = open_metrics(Path(shared) if shared else setup.settings.data_dir / "metrics", name)
