@@ -20,17 +20,19 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import structlog
 
 from actors.runtime import Placement, Runtime
 from infra.failpoints import reach
-from infra.messaging.errors import BrokerUnavailableError, DeliveryFailedError
+from infra.messaging.errors import BrokerUnavailableError, DeliveryFailedError, MessageTooLargeError
 from infra.tracing import OFF, Tracer
 from schemas.envelope import (
     ANSWER_TYPE,
     OutgoingMessage,
+    RawMessage,
     build_dead_letter,
     build_event_message,
     build_result_message,
@@ -42,6 +44,23 @@ from streams.partitions import Partition, Received
 from streams.traced_batch import TracedBatch, trace_batch
 
 log = structlog.get_logger()
+
+
+KNOWN = (BrokerUnavailableError, DeliveryFailedError, MessageTooLargeError)
+"""What publishing may come to and is gone on after."""
+
+UNPUBLISHABLE = "unpublishable"
+"""Reason of the dead letter in place of a message that its topic does not take: its limit was lowered, or the answer is
+older than the limit that actors keep to (`schemas.outcome.MAX_ANSWER_BYTES`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Outgoing:
+    """A message to be published, and the command that it is about."""
+
+    message: OutgoingMessage
+    command: RawMessage
+    answer: Answer
 
 
 class Producer(Protocol):
@@ -128,6 +147,7 @@ class CommandProcessor:
         tried: Callable[[], None],
     ) -> None:
         outgoing: list[OutgoingMessage] = []
+        owners: list[int] = []
         dead = False
         for index, (received, answer) in enumerate(zip(batch, answers, strict=True)):
             traced.answered(index, answer)
@@ -141,10 +161,15 @@ class CommandProcessor:
                 outgoing.append(dead_letter)
             trace = traced.sending(index, results_topic(domain), ANSWER_TYPE)
             outgoing.append(build_result_message(answer, domain=domain, trace=trace))
+            owners += [index] * (len(outgoing) - len(owners))
         await reach("worker.before_publish")
         if dead:
             await reach("worker.before_dead_letter")
-        await self._deliver(outgoing, tried)
+        about = [
+            _Outgoing(message, batch[owner].raw, answers[owner])
+            for message, owner in zip(outgoing, owners, strict=True)
+        ]
+        await self._deliver(about, tried)
         traced.sent()
         if dead:
             await reach("worker.after_dead_letter")
@@ -161,33 +186,62 @@ class CommandProcessor:
             value=received.original,
         )
 
-    async def _deliver(self, outgoing: list[OutgoingMessage], tried: Callable[[], None]) -> None:
+    async def _deliver(self, outgoing: list[_Outgoing], tried: Callable[[], None]) -> None:
         """Send in order until each is confirmed. After a failure everything from the first unconfirmed goes again.
 
-        Errors that concern one message alone (too large, no such topic) are raised: no repetition would help.
+        A message that the broker will never take for its size is replaced by a word about it, since neither a
+        repetition nor a restart would help. A topic that is missing is raised.
         """
         while outgoing:
-            confirmed, failure = await self._send(outgoing)
+            confirmed, failure, too_large = await self._send(outgoing)
+            if too_large is not None:
+                # It fails those before it as well, time and again: these go first, without it.
+                await self._deliver(outgoing[confirmed:too_large], tried)
+                outgoing = [await self._one_of_its_batch(outgoing[too_large]), *outgoing[too_large + 1 :]]
+                continue
             outgoing = outgoing[confirmed:]
             if failure is not None:
                 log.warning("publishing_again", messages=len(outgoing), error=str(failure))
                 await asyncio.sleep(self._publish_pause_s)
                 tried()
 
-    async def _send(self, outgoing: list[OutgoingMessage]) -> tuple[int, Exception | None]:
-        """How many from the first on are confirmed, and what went wrong after them."""
+    async def _one_of_its_batch(self, outgoing: _Outgoing) -> _Outgoing:
+        """What to send in place of a message that was refused for its size, perhaps for that of those it went with."""
+        _, alone, _ = await self._send([outgoing])
+        if not isinstance(alone, MessageTooLargeError):
+            return outgoing  # repeated, with what follows it; consumers drop what they have seen
+        log.error("unpublishable", command_id=outgoing.answer.id, topic=outgoing.message.topic, error=str(alone))
+        return replace(outgoing, message=self._unpublishable(outgoing, alone))
+
+    def _unpublishable(self, outgoing: _Outgoing, failure: MessageTooLargeError) -> OutgoingMessage:
+        """A dead letter that names the command by its place and holds nothing of what is too large.
+
+        The answer itself is kept as a row, with its events: `concord status` shows it.
+        """
+        return build_dead_letter(
+            replace(outgoing.command, key=None, headers=(), value=None),
+            reason=UNPUBLISHABLE,
+            detail=f"{failure} The answer is kept: concord status {outgoing.answer.id}",
+            command_id=outgoing.answer.id,
+            consumer_group=self._consumer_group,
+        )
+
+    async def _send(self, outgoing: list[_Outgoing]) -> tuple[int, Exception | None, int | None]:
+        """How many from the first on are confirmed, what went wrong with the next, and which is too large if any is."""
         deliveries: list[Awaitable[Any]] = []
         failure: Exception | None = None
-        for message in outgoing:
+        for message in (each.message for each in outgoing):
             try:
                 deliveries.append(await self._producer.send(message.topic, message.key, message.value, message.headers))
-            except (BrokerUnavailableError, DeliveryFailedError) as error:
+            except KNOWN as error:
                 failure = error
                 break
-        results = await asyncio.gather(*deliveries, return_exceptions=True)
-        for confirmed, result in enumerate(results):
-            if isinstance(result, BrokerUnavailableError | DeliveryFailedError):
-                return confirmed, result
-            if isinstance(result, BaseException):
+        results: list[Any] = await asyncio.gather(*deliveries, return_exceptions=True)
+        if failure is not None:
+            results.append(failure)
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, KNOWN):
                 raise result
-        return len(results), failure
+        confirmed = next((i for i, result in enumerate(results) if isinstance(result, KNOWN)), len(results))
+        too_large = next((i for i, result in enumerate(results) if isinstance(result, MessageTooLargeError)), None)
+        return confirmed, results[confirmed] if confirmed < len(results) else None, too_large

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -235,11 +236,62 @@ async def test_after_a_failed_delivery_everything_from_there_is_sent_again_in_or
     assert len(tries) == 1
 
 
-async def test_a_message_that_can_never_be_sent_is_an_error() -> None:
-    producer = FakeProducer({0: MessageTooLargeError("test.events", 9)})
+class PickyProducer(FakeProducer):
+    """Finds the event of one command too large, and with it what was sent just before, as a broker does by batches."""
 
-    with pytest.raises(MessageTooLargeError):
-        await processor(RememberingRuntime(), producer).work(PARTITION, batch(("c0", b"k", b"{}")), nothing)
+    def __init__(self, command_id: str) -> None:
+        super().__init__()
+        self._command_id = command_id
+
+    async def _deliver(self, number: int, topic: str, value: bytes | None) -> None:
+        await asyncio.sleep(0)  # until all of a batch were sent
+        if self._is_too_large(number):
+            raise MessageTooLargeError(topic, 9)
+        if number + 1 < len(self.sent) and self._is_too_large(number + 1):
+            raise DeliveryFailedError("given up because an earlier message failed")
+        await super()._deliver(number, topic, value)
+
+    def _is_too_large(self, number: int) -> bool:
+        topic, _, _, headers = self.sent[number]
+        return topic == "test.events" and headers["ce_causationid"].decode() == self._command_id
+
+
+async def test_a_message_that_its_topic_never_takes_is_replaced_by_a_word_about_it_and_nothing_else_is_lost() -> None:
+    producer = PickyProducer("c1")
+    commands = batch(*((f"c{n}", b"k", b"{}") for n in range(3)))
+
+    await asyncio.wait_for(processor(RememberingRuntime(), producer).work(PARTITION, commands, nothing), 5)
+
+    once = dict.fromkeys(topic for topic, _ in producer.confirmed)
+    assert list(once) == ["test.events", "test.results", "test.commands.dlq"]
+    confirmed = [(topic, value) for topic, value in producer.confirmed if topic != "test.commands.dlq"]
+    assert {json.loads(value or b"")["id"] for topic, value in confirmed if topic == "test.results"} == {
+        "c0",
+        "c1",
+        "c2",
+    }
+    assert len({value for topic, value in confirmed if topic == "test.events"}) == 2
+    [(_, key, value, told)] = [sent for sent in producer.sent if sent[0] == "test.commands.dlq"]
+    place = [told[f"dlq-original-{part}"] for part in ("topic", "partition", "offset")]
+    assert (told["dlq-reason"], told["dlq-command-id"], place) == (
+        b"unpublishable",
+        b"c1",
+        [b"test.commands", b"0", b"1"],
+    )
+    assert (key, value) == (None, None)
+    assert b"concord status c1" in told["dlq-detail"]
+
+
+async def test_a_message_that_was_only_too_large_together_with_others_is_published() -> None:
+    producer = FakeProducer({2: MessageTooLargeError("test.events", 9), 3: MessageTooLargeError("test.results", 9)})
+
+    await processor(RememberingRuntime(), producer).work(
+        PARTITION, batch(*((f"c{n}", b"k", b"{}") for n in range(2))), nothing
+    )
+
+    assert not producer.told("test.commands.dlq")
+    assert {topic for topic, _ in producer.confirmed} == {"test.events", "test.results"}
+    assert len(set(producer.confirmed)) == 4
 
 
 async def test_a_batch_that_is_done_again_publishes_the_same_messages() -> None:
