@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import structlog
 
 from actors.domain import Domain, Record, Table
-from actors.home import Home, RetryPolicy
+from actors.home import Home
 from actors.incarnations import Incarnations
 from actors.messages import (
     CommitRecords,
@@ -40,6 +40,7 @@ from infra.consensus_commit.coordinator import CoordinatorStates
 from infra.consensus_commit.errors import CrudConflictError
 from infra.consensus_commit.metadata import transactional
 from infra.consensus_commit.recovery import RecoveryHandler
+from infra.consensus_commit.retry import RetryPolicy
 from infra.storage.errors import StorageError
 from infra.storage.operations import Bound, Key, Scan, Value
 from infra.storage.port import Storage

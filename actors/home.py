@@ -11,11 +11,11 @@ the reads it rests on: rule 3). Which trouble leads to which next step is the ta
 from __future__ import annotations
 
 import asyncio
-import random
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from random import Random
 from typing import Any
 
 import structlog
@@ -32,6 +32,7 @@ from infra.clock import Clock
 from infra.consensus_commit.coordinator import CoordinatorStates
 from infra.consensus_commit.errors import CommitConflictError, UnknownTransactionStatusError
 from infra.consensus_commit.intents import new_intended_id
+from infra.consensus_commit.retry import RetryPolicy
 from infra.consensus_commit.states import TransactionState
 from infra.failpoints import reach
 from infra.storage.errors import StorageError
@@ -51,23 +52,6 @@ from schemas.outcome import COMMITTED, DEAD_LETTERED, ID_CONFLICT, REFUSED, Answ
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True)
-class RetryPolicy:
-    """How conflicts are retried (seed 000, retry settings): at most `tries`, then the command is refused."""
-
-    tries: int = 10
-    initial_ms: int = 100
-    max_ms: int = 10_000
-    factor: float = 2.0
-    jitter: float = 0.5
-    broken_tries: int = 3
-
-    def pause_s(self, attempt: int) -> float:
-        """The pause after the `attempt`th failure, from 1; up to the fraction `jitter` of it is random."""
-        whole = min(self.initial_ms * self.factor ** (attempt - 1), self.max_ms) / 1000
-        return whole * (1 - self.jitter * random.random())
-
-
 class Step(Enum):
     AT_ONCE = auto()  # a new attempt, nothing counted: an older command went first, and will be done
     SOON = auto()  # a new attempt after a short pause, nothing counted: an actor is being restarted
@@ -84,6 +68,9 @@ NEXT_STEP = {
     Trouble.UNAVAILABLE: Step.WAIT,
     Trouble.BROKEN: Step.SUSPECT,
 }
+
+BROKEN_TRIES = 3
+"""How often a command is tried whose handler raises, or whose records cannot be understood."""
 
 LET_GO_TRIES = 6
 """How often a participant that cannot be reached is asked to drop a transaction; after that it must find out."""
@@ -158,6 +145,7 @@ class Home:
         self._states = states
         self._clock = clock
         self._retry = retry
+        self._random = Random()
         self._timing = timing
         self._max_command_bytes = max_command_bytes
         self._on_answer = on_answer
@@ -323,7 +311,7 @@ class Home:
                     if conflicts >= self._retry.tries and verdict is None:
                         verdict = Verdict(REFUSED, CONFLICT, {"tries": conflicts})
                         continue
-                    await asyncio.sleep(self._retry.pause_s(conflicts))
+                    await asyncio.sleep(self._retry.wait_ms(conflicts, self._random) / 1000)
                 case Step.WAIT:
                     if not waits & (waits - 1):  # the 1st, 2nd, 4th, 8th … time: thousands may wait for an hour
                         log.warning("waiting for storage", command_id=subject.id, waits=waits, error=trouble.detail)
@@ -332,12 +320,12 @@ class Home:
                     waits += 1
                 case Step.SUSPECT:
                     broken += 1
-                    if broken >= self._retry.broken_tries and verdict is None:
+                    if broken >= BROKEN_TRIES and verdict is None:
                         verdict = Verdict(
                             DEAD_LETTERED, DeadLetterReason.HANDLER_ERROR.value, {"detail": trouble.detail}
                         )
                         continue
-                    await asyncio.sleep(self._retry.pause_s(broken))
+                    await asyncio.sleep(self._retry.wait_ms(broken, self._random) / 1000)
 
 
 def _renamed(dead_letter: Subject, raw: RawMessage) -> Subject:

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 from actors.coordinator_actor import CoordinatorActor
 from actors.domain import Domain
 from actors.domain_actor import DomainActor
-from actors.home import RetryPolicy
 from actors.incarnations import Incarnations
 from actors.messages import Trouble
 from actors.runtime import Mailroom, Placement
@@ -21,6 +20,7 @@ from actors.timing import Timing
 from infra.clock import Clock
 from infra.consensus_commit.coordinator import CoordinatorStates
 from infra.consensus_commit.intents import IntentLog
+from infra.consensus_commit.retry import RetryPolicy
 from infra.storage.gate import PartitionGate
 from infra.storage.observed import ObservedStorage, OnCall
 from infra.storage.port import Storage

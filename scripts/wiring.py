@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from actors.domain import Domain, Table
-from actors.home import RetryPolicy
 from actors.incarnations import INCARNATIONS
 from actors.outcomes import outcomes_of
 from actors.runtime import Placement
@@ -21,6 +20,7 @@ from infra.config import HOUR_MS, Settings
 from infra.consensus_commit.coordinator import CoordinatorStates
 from infra.consensus_commit.intents import IntentLog
 from infra.consensus_commit.metadata import transactional
+from infra.consensus_commit.retry import RetryPolicy
 from infra.messaging.topics import TopicSpec
 from infra.storage.operations import TableSchema
 from infra.storage.port import Storage
@@ -56,6 +56,7 @@ def kafka_topics(settings: Settings) -> list[TopicSpec]:
             {
                 "cleanup.policy": topic.cleanup_policy,
                 "retention.ms": str(topic.retention_ms),
+                "min.insync.replicas": str(settings.kafka.min_insync_replicas),
                 "max.message.bytes": str(limits.get(topic.role, topic.max_message_bytes)),
             },
         )
@@ -78,8 +79,8 @@ def system_config(settings: Settings) -> SystemConfig:
         ),
         retry=RetryPolicy(
             tries=retry.tries,
-            initial_ms=retry.initial_ms,
-            max_ms=retry.max_ms,
+            first_ms=min(retry.initial_ms, retry.max_ms),
+            most_ms=retry.max_ms,
             factor=retry.factor,
             jitter=retry.jitter,
         ),

@@ -25,7 +25,6 @@ from weather import PATIENT_S, PatientEvent, Weather
 from actors.audit import AUDITED, check_books
 from actors.coordinator_actor import CoordinatorActor
 from actors.domain import Domain, Handler, Record, Table, Transaction
-from actors.home import RetryPolicy
 from actors.local_runtime import LocalRuntime
 from actors.messages import Trouble
 from actors.order_domains import ORDER_DOMAINS
@@ -38,6 +37,7 @@ from infra.consensus_commit.coordinator import CoordinatorStates, StateRow
 from infra.consensus_commit.intents import Intent, IntentLog
 from infra.consensus_commit.manager import TransactionManager
 from infra.consensus_commit.metadata import TX_STATE, transactional
+from infra.consensus_commit.retry import RetryPolicy
 from infra.storage.errors import StorageError
 from infra.storage.operations import Row, Scan, Value
 from infra.storage.port import Storage
@@ -235,7 +235,7 @@ class System:
         self.storage = Weather(storage, serializes_batches=serializes_batches)
         self.config = SystemConfig(
             placement,
-            retry=retry or RetryPolicy(initial_ms=2, max_ms=20),
+            retry=retry or RetryPolicy(first_ms=2, most_ms=20),
             domains="harness:SCRIPTED_DOMAINS",
             outcome_window_ms=outcome_window_ms,
             sweep_interval_s=sweep_interval_s,

@@ -17,16 +17,15 @@ from harness import (
     scripted,
     until,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 from weather import PatientEvent, writes_to
 
 from actors.domain import Refused, Transaction
-from actors.home import RetryPolicy
+from actors.home import BROKEN_TRIES
 from actors.inventory.tables import PRODUCTS
 from actors.messages import Trouble
 from actors.outcomes import outcome_row, outcomes_of
 from actors.payment.tables import WALLETS
+from infra.consensus_commit.retry import RetryPolicy
 from infra.storage.port import Storage
 from schemas.inventory import CheckAvailability, ReserveStock, RestockProduct, StockItem
 from schemas.orders import PlaceOrder
@@ -58,7 +57,7 @@ async def test_a_command_whose_records_changed_before_it_prepared_is_tried_again
 
 
 async def test_after_the_last_try_a_conflict_is_the_durable_answer_and_nothing_has_happened(storage: Storage) -> None:
-    async with System(storage, retry=RetryPolicy(tries=4, initial_ms=1, max_ms=4)) as system:
+    async with System(storage, retry=RetryPolicy(tries=4, first_ms=1, most_ms=4)) as system:
         await system.open_shop()
         foreign_sales(system, times=100)
 
@@ -72,7 +71,7 @@ async def test_after_the_last_try_a_conflict_is_the_durable_answer_and_nothing_h
 
 
 async def test_a_command_that_runs_out_of_tries_while_another_takes_its_id_is_an_id_conflict(storage: Storage) -> None:
-    async with System(storage, retry=RetryPolicy(tries=2, initial_ms=1, max_ms=4)) as system:
+    async with System(storage, retry=RetryPolicy(tries=2, first_ms=1, most_ms=4)) as system:
         await system.open_shop()
         foreigner = Foreigner(system)
         other = (await system.send(order("other"), "x0")).model_copy(update={"id": "x1", "digest": "another"})
@@ -91,7 +90,7 @@ async def test_a_command_that_runs_out_of_tries_while_another_takes_its_id_is_an
 
 
 async def test_the_next_command_of_the_key_is_served_after_one_that_was_refused_for_conflicts(storage: Storage) -> None:
-    async with System(storage, retry=RetryPolicy(tries=2, initial_ms=1, max_ms=4)) as system:
+    async with System(storage, retry=RetryPolicy(tries=2, first_ms=1, most_ms=4)) as system:
         await system.open_shop()
         foreign_sales(system, times=2)
 
@@ -101,33 +100,6 @@ async def test_the_next_command_of_the_key_is_served_after_one_that_was_refused_
 
         assert (first.reason, second.status) == ("conflict", "committed")
         await system.check_at_rest()
-
-
-@given(
-    st.builds(
-        RetryPolicy,
-        initial_ms=st.integers(1, 1000),
-        max_ms=st.integers(1, 100_000),
-        factor=st.floats(1, 4),
-        jitter=st.floats(0, 1),
-    ),
-    st.integers(1, 50),
-)
-def test_a_pause_grows_by_the_factor_up_to_the_longest_and_only_a_part_of_it_is_random(
-    policy: RetryPolicy, attempt: int
-) -> None:
-    whole_s = min(policy.initial_ms * policy.factor ** (attempt - 1), policy.max_ms) / 1000
-
-    pause_s = policy.pause_s(attempt)
-
-    assert whole_s * (1 - policy.jitter) <= pause_s <= whole_s
-
-
-def test_the_default_pauses_are_those_of_the_design() -> None:
-    policy = RetryPolicy(jitter=0)
-
-    assert policy.tries == 10
-    assert [policy.pause_s(attempt) for attempt in range(1, 10)] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10]
 
 
 # ---- handlers that raise -----------------------------------------------------------------------------------------
@@ -148,7 +120,7 @@ async def test_a_handler_that_raises_ends_as_a_dead_letter_and_the_next_command_
 
         assert (first.status, first.reason) == ("dead-lettered", "handler_error")
         assert "ZeroDivisionError" in first.detail["detail"]
-        assert system.troubles == {Trouble.BROKEN: system.config.retry.broken_tries}
+        assert system.troubles == {Trouble.BROKEN: BROKEN_TRIES}
         assert second.status == "committed"
         assert await system.send(order("o1"), "x1") == first
         await system.check_at_rest()
@@ -188,7 +160,7 @@ async def test_one_broken_item_of_a_batch_harms_no_other(storage: Storage) -> No
         answers = await system.send_all((f"x{n}", order(f"o{n}", customer=f"c{n}")) for n in range(6))
 
         assert [answer.status for answer in answers].count("committed") == 5
-        assert system.troubles[Trouble.BROKEN] == system.config.retry.broken_tries
+        assert system.troubles[Trouble.BROKEN] == BROKEN_TRIES
         await system.check_at_rest()
 
 
