@@ -89,9 +89,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def hold(directory: Path) -> Iterator[None]:
-    """Be the only supervisor of `directory`. The kernel gives the lock back when this process ends, however it ends."""
-    path = lock_path(directory)
+def hold(directory: Path, *, lock: Path | None = None, what: str = "A system is") -> Iterator[None]:
+    """Be the only one of its kind in `directory`: its supervisor, unless `lock` and `what` say what else.
+
+    The kernel gives the lock back when this process ends, however it ends. Raises AlreadyRunningError, DirectoryError.
+    """
+    path = lock or lock_path(directory)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -107,7 +110,7 @@ def hold(directory: Path) -> Iterator[None]:
         except BlockingIOError:
             pid = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
             raise AlreadyRunningError(
-                f"A system is running in {directory} already (process {pid}).",
+                f"{what} running in {directory} already (process {pid}).",
                 remedy=f"Stop it with `kill {pid}`, or choose another directory with --data.",
                 setting="--data",
             ) from None

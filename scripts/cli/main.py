@@ -15,6 +15,7 @@ from scripts.cli import (
     replay_command,
     schema_command,
     send_command,
+    stack_command,
     status_command,
     table_command,
     tail_command,
@@ -38,6 +39,7 @@ app = typer.Typer(
 
 for family in (
     up_command,
+    stack_command,
     worker_command,
     send_command,
     status_command,

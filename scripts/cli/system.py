@@ -37,6 +37,16 @@ def lock_path(directory: Path) -> Path:
     return directory / "run" / "supervisor.lock"
 
 
+def stack_lock_path(directory: Path) -> Path:
+    """Held by whoever keeps the two servers of `concord stack`."""
+    return directory / "run" / "stack.lock"
+
+
+def stack_state_path(directory: Path) -> Path:
+    """What the servers of `concord stack` are at, as their keeper wrote it last."""
+    return directory / "run" / "stack.json"
+
+
 def write_atomically(path: Path, value: Any) -> None:
     """Readers see the old content or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -44,10 +54,13 @@ def write_atomically(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def holder(directory: Path) -> int | None:
-    """The pid of the `concord up` that runs on `directory`, 0 where it did not say, None if there is none."""
+def holder(directory: Path, *, lock: Path | None = None) -> int | None:
+    """The pid of the `concord up` that runs on `directory`, 0 where it did not say, None if there is none.
+
+    With `lock`, of whoever else holds that.
+    """
     try:
-        descriptor = os.open(lock_path(directory), os.O_RDWR)
+        descriptor = os.open(lock or lock_path(directory), os.O_RDWR)
     except FileNotFoundError:
         return None
     except OSError:  # unreadable to this user: somebody's it is

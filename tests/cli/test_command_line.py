@@ -30,6 +30,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 COMMANDS = {
     "up",
+    "stack up",
+    "stack down",
+    "stack status",
+    "stack logs",
     "send",
     "status",
     "replay",
