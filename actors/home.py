@@ -47,7 +47,16 @@ from schemas.envelope import (
     key_text,
     parse_command,
 )
-from schemas.outcome import COMMITTED, DEAD_LETTERED, ID_CONFLICT, REFUSED, Answer, EmittedEvent
+from schemas.outcome import (
+    ANSWER_TOO_LARGE,
+    COMMITTED,
+    DEAD_LETTERED,
+    ID_CONFLICT,
+    MAX_ANSWER_BYTES,
+    REFUSED,
+    Answer,
+    EmittedEvent,
+)
 
 log = structlog.get_logger()
 
@@ -380,7 +389,11 @@ class Attempt:
                 await self._take_back()
                 return self._known(Answer.from_json(known.answer))
             answer = await self._compose()
-            await self._outcome.insert(self._home._outcomes, outcome_row(answer))
+            row = outcome_row(answer)
+            if (size_bytes := len(row.answer.encode())) > MAX_ANSWER_BYTES:
+                answer = self._refused_for_size(answer, size_bytes)
+                row = outcome_row(answer)
+            await self._outcome.insert(self._home._outcomes, row)
             decision = await self._commit(keep_writes=answer.status == COMMITTED)
         except BaseException:
             if not self._left_to_coordinator:  # else only the state row knows whether there is anything to take back
@@ -432,6 +445,15 @@ class Attempt:
             received_at_ms=subject.received_at_ms,
             committed_at_ms=self._home._clock.now_ms(),
         )
+
+    def _refused_for_size(self, answer: Answer, size_bytes: int) -> Answer:
+        """In place of an answer that no topic would take. Nothing is decided yet: what it tells of has no effect."""
+        self._workspace.records.drop_writes()
+        detail = {"bytes": size_bytes, "limit": MAX_ANSWER_BYTES}
+        if answer.status == DEAD_LETTERED:
+            return answer.model_copy(update={"detail": detail})
+        update = {"status": REFUSED, "reason": ANSWER_TOO_LARGE, "detail": detail, "result": None, "events": ()}
+        return answer.model_copy(update=update)
 
     def _event(self, number: int, event: Emitted) -> EmittedEvent:
         name = "\x1f".join((self._home._domain.name, self._subject.key, self._subject.id, "event", str(number)))

@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from schemas.topics import ROLES, TopicRole
+
 AnswerStatus = Literal["committed", "refused", "dead-lettered"]
 
 COMMITTED: AnswerStatus = "committed"
@@ -19,6 +21,12 @@ DEAD_LETTERED: AnswerStatus = "dead-lettered"
 
 ID_CONFLICT = "id_conflict"
 """Reason of the refusal that answers a known id with another payload. It is published, never stored."""
+
+ANSWER_TOO_LARGE = "answer_too_large"
+"""Reason of the refusal in place of an answer that Kafka would not take, result and events together."""
+
+MAX_ANSWER_BYTES = ROLES[TopicRole.RESULTS].max_message_bytes - 128 * 1024
+"""The largest answer as JSON. A result message holds it whole, beside key and headers, and each event is part of it."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
