@@ -54,7 +54,12 @@ def examine(directory: Path) -> Iterator[Finding]:
     if system.running:
         yield Finding("system", True, f"runs in {directory}")
         yield _attempt("kafka", lambda: _kafka(system))
+        yield _attempt("topics", lambda: _topics(system))
         yield _attempt("http", lambda: _http(system))
+    elif _is_elsewhere(system):
+        yield Finding("system", True, "the one of profile cluster, where the settings say")
+        yield _attempt("kafka", lambda: _kafka(system))
+        yield _attempt("topics", lambda: _topics(system))
     else:
         yield Finding("system", True, f"rests in {directory}; `concord up` starts it")
         yield _attempt("ports", lambda: _ports(directory))
@@ -144,6 +149,35 @@ def _kafka(system: System) -> str:
 
     kafka = system.kafka
     return f"{kafka.bootstrap_servers} ({kafka.security_protocol}), cluster {asyncio.run(cluster_id(kafka))}"
+
+
+def _is_elsewhere(system: System) -> bool:
+    """Whether there is a system without a directory here."""
+    try:
+        return not system.runtime and system.settings.profile == "cluster"
+    except Exception:  # settings that cannot be used were told of above
+        return False
+
+
+class _Drift(Exception):
+    """Topics are not as they are declared."""
+
+    remedy = (
+        "See `concord topics`. Create what is missing with `concord topics --create`; change what differs with Kafka's "
+        "own tools, or the settings. More partitions send a key's next command elsewhere than its last: drain first."
+    )
+
+
+def _topics(system: System) -> str:
+    import asyncio
+
+    from infra.messaging.topics import describe_topics
+    from scripts.wiring import kafka_topics
+
+    found = asyncio.run(describe_topics(system.kafka, kafka_topics(system.settings)))
+    if drifted := [f"{topic.name}: {', '.join(topic.drift)}" for topic in found if topic.drift]:
+        raise _Drift("; ".join(drifted))
+    return f"all {len(found)} as declared"
 
 
 def _http(system: System) -> str:

@@ -200,8 +200,8 @@ def test_secrets_are_in_nothing_that_is_shown() -> None:
         settings.model_dump_json(),
         repr(settings.model_dump()),
         repr(describe_settings(settings)),
-        problems({**environment, "CONCORD_WORKERS": "0", "CONCORD_KAFKA__REPLICATION": "1"}),
-        problems({**environment, "CONCORD_KAFKA__SASL__PASSWORD": '["planted-broken'}, workers=0),
+        problems({**environment, "CONCORD_RETRY__TRIES": "0", "CONCORD_KAFKA__REPLICATION": "1"}),
+        problems({**environment, "CONCORD_KAFKA__SASL__PASSWORD": '["planted-broken'}, retry__tries=0),
     ]
 
     assert [text for text in shown if "planted" in text] == []
