@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,11 +46,17 @@ def index_reads(call: Call) -> bool:
     return call.method == "pages"
 
 
+async def left_behind(world: World, decided: TransactionState) -> None:
+    """A record whose balance somebody was about to change from 10 to 99, and died when that was decided."""
+    await world.given({1: 10}, table=INDEXED)
+    await world.orphan(lambda dead: dead.update(INDEXED, key(1), {"balance": 99}), decided)
+
+
 async def test_scenario_20_an_index_finds_a_record_by_its_old_value_once_the_new_one_is_rolled_back(
     world: World,
 ) -> None:
-    await world.given({1: 10, 2: 20}, table=INDEXED)
-    await world.orphan(lambda dead: dead.update(INDEXED, key(1), {"balance": 99}), ABORTED)
+    await left_behind(world, ABORTED)
+    await world.given({2: 20}, table=INDEXED)
 
     assert await world.begin(isolation_for(world)).scan(indexed(10)) == [row(1, 10)]
     await world.settled()
@@ -57,8 +64,7 @@ async def test_scenario_20_an_index_finds_a_record_by_its_old_value_once_the_new
 
 
 async def test_scenario_20_an_index_does_not_find_a_record_by_a_value_that_was_rolled_back(world: World) -> None:
-    await world.given({1: 10}, table=INDEXED)
-    await world.orphan(lambda dead: dead.update(INDEXED, key(1), {"balance": 99}), ABORTED)
+    await left_behind(world, ABORTED)
 
     assert await world.begin(isolation_for(world)).scan(indexed(99)) == []
     assert await world.begin(isolation_for(world)).get_by_index(INDEXED, "balance", 99) is None
@@ -67,8 +73,7 @@ async def test_scenario_20_an_index_does_not_find_a_record_by_a_value_that_was_r
 async def test_scenario_20_an_index_finds_a_committed_value_though_its_record_still_says_prepared(
     world: World,
 ) -> None:
-    await world.given({1: 10}, table=INDEXED)
-    await world.orphan(lambda dead: dead.update(INDEXED, key(1), {"balance": 99}), COMMITTED)
+    await left_behind(world, COMMITTED)
 
     assert await world.begin(isolation_for(world)).scan(indexed(10)) == []
     assert await world.begin(isolation_for(world)).scan(indexed(99)) == [row(1, 99)]
@@ -79,8 +84,7 @@ async def test_scenario_20_a_record_that_is_rolled_back_between_two_looks_at_the
     world: World, look: int
 ) -> None:
     """It is found by the new value before, and by the old one after: a reader that looks at each once finds neither."""
-    await world.given({1: 10}, table=INDEXED)
-    await world.orphan(lambda dead: dead.update(INDEXED, key(1), {"balance": 99}), ABORTED)
+    await left_behind(world, ABORTED)
     looks = itertools.count(1)
 
     async def somebody_rolls_back() -> None:
@@ -215,6 +219,19 @@ def refuses(world: World, read: object) -> bool:
     return not (info.sees_all_partitions if read is READS["scan all"] else info.sees_all_indexed)
 
 
+async def reader_and_writer(world: World, read: Callable[[Transaction], Awaitable[object]]) -> Transaction | None:
+    """A transaction that has read 10 and 20 by `read` and writes elsewhere; None where it was rightly refused."""
+    await world.given({1: 10, 2: 20}, table=INDEXED)
+    transaction = world.begin()
+    if refuses(world, read):
+        with pytest.raises(IllegalOperationError, match="lag"):
+            await read(transaction)
+        return None
+    await read(transaction)
+    await transaction.insert(STOCK, key(1), {"balance": 1})
+    return transaction
+
+
 @each_read
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("only_prepared", [False, True], ids=["committed", "prepared"])
@@ -224,14 +241,9 @@ async def test_scenario_44_what_an_index_or_a_scan_of_all_has_read_may_not_chang
     change: Callable[[Transaction], Awaitable[None]],
     only_prepared: bool,
 ) -> None:
-    await world.given({1: 10, 2: 20}, table=INDEXED)
-    transaction = world.begin()
-    if refuses(world, read):
-        with pytest.raises(IllegalOperationError, match="lag"):
-            await read(transaction)
+    transaction = await reader_and_writer(world, read)
+    if transaction is None:
         return
-    await read(transaction)
-    await transaction.insert(STOCK, key(1), {"balance": 1})
     await (world.orphan(change) if only_prepared else world.commits(change))
 
     with pytest.raises(ValidationConflictError):
@@ -242,14 +254,9 @@ async def test_scenario_44_what_an_index_or_a_scan_of_all_has_read_may_not_chang
 async def test_scenario_44_a_change_among_records_with_other_values_disturbs_nobody(
     world: World, read: Callable[[Transaction], Awaitable[object]]
 ) -> None:
-    await world.given({1: 10, 2: 20}, table=INDEXED)
-    transaction = world.begin()
-    if refuses(world, read):
-        with pytest.raises(IllegalOperationError, match="lag"):
-            await read(transaction)
+    transaction = await reader_and_writer(world, read)
+    if transaction is None:
         return
-    await read(transaction)
-    await transaction.insert(STOCK, key(1), {"balance": 1})
     await world.commits(elsewhere)
 
     await transaction.commit()
@@ -260,14 +267,9 @@ async def test_scenario_44_a_record_that_came_to_match_is_seen_though_another_is
     world: World, read: Callable[[Transaction], Awaitable[object]]
 ) -> None:
     """Its new value hides it from the index; its old value, which may yet hold, must have been seen."""
-    await world.given({1: 10, 2: 20}, table=INDEXED)
-    transaction = world.begin()
-    if refuses(world, read):
-        with pytest.raises(IllegalOperationError, match="lag"):
-            await read(transaction)
+    transaction = await reader_and_writer(world, read)
+    if transaction is None:
         return
-    await read(transaction)
-    await transaction.insert(STOCK, key(1), {"balance": 1})
     await world.commits(moved_in)
     await world.orphan(moved_in_and_out_again)
 
@@ -356,12 +358,17 @@ DISJOINT: dict[str, Selection] = {
 }
 
 
+async def among_three(world: World) -> Transaction:
+    """A transaction that is about to write one of three records."""
+    await world.given({1: 10, 2: 20, 3: 30}, table=INDEXED)
+    return world.begin(isolation_for(world))
+
+
 @pytest.mark.parametrize("scan", OVERLAPPING.values(), ids=OVERLAPPING.keys())
 async def test_scenario_37_a_scan_across_partitions_that_overlaps_an_own_put_is_refused(
     world: World, scan: Selection
 ) -> None:
-    await world.given({1: 10, 2: 20, 3: 30}, table=INDEXED)
-    transaction = world.begin(isolation_for(world))
+    transaction = await among_three(world)
     await transaction.put(INDEXED, key(2), {"balance": 25})
 
     with pytest.raises(IllegalOperationError, match="written"):
@@ -370,8 +377,7 @@ async def test_scenario_37_a_scan_across_partitions_that_overlaps_an_own_put_is_
 
 @pytest.mark.parametrize("scan", DISJOINT.values(), ids=DISJOINT.keys())
 async def test_scenario_37_a_scan_across_partitions_beside_an_own_put_is_fine(world: World, scan: Selection) -> None:
-    await world.given({1: 10, 2: 20, 3: 30}, table=INDEXED)
-    transaction = world.begin(isolation_for(world))
+    transaction = await among_three(world)
     await transaction.upsert(INDEXED, key(2), {"balance": 25})
 
     found = await transaction.scan(scan)
@@ -384,8 +390,7 @@ async def test_scenario_37_a_scan_across_partitions_beside_an_own_put_is_fine(wo
 async def test_scenario_37_a_scan_across_partitions_that_returns_an_own_deletion_is_refused(
     world: World, scan: Selection
 ) -> None:
-    await world.given({1: 10, 2: 20}, table=INDEXED)
-    transaction = world.begin(isolation_for(world))
+    transaction = await among_three(world)
     await transaction.delete(INDEXED, key(2))
 
     with pytest.raises(IllegalOperationError, match="written"):
@@ -436,17 +441,7 @@ async def test_a_column_that_is_not_indexed_cannot_be_asked_for(world: World) ->
 async def test_a_table_whose_old_values_are_not_indexed_cannot_be_read_by_index(storage: Storage) -> None:
     """As ScalarDB refuses it under SERIALIZABLE; here at every isolation, since the record in doubt would be missed."""
     plain = MemoryStorage()
-    half = transactional(INDEXED)
-    await plain.create_table(
-        type(half)(
-            half.namespace,
-            half.name,
-            half.columns,
-            half.partition_key,
-            half.clustering_key,
-            indexes=frozenset({"balance"}),
-        )
-    )
+    await plain.create_table(replace(STORED, indexes=frozenset({"balance"})))
     world = World(plain)
 
     with pytest.raises(InvalidOperationError, match="before_balance is not indexed"):
