@@ -44,13 +44,14 @@ from infra.consensus_commit.schema import (
     repair_plan,
     take_stock,
 )
-from infra.storage.connect import connect
+from infra.storage.connect import CassandraAccess, StorageAddress, connect
 from infra.storage.operations import TableSchema
 from infra.storage.port import AdministrableStorage
 from infra.storage.schema_file import TableDeclaration, clustering_order, parse, parse_imports
 from scripts.cli.errors import CommandError
 from scripts.cli.exit_codes import ExitCode
 from scripts.cli.system import System
+from scripts.connections import storage_address
 
 URL_OPTIONS: Mapping[str, Mapping[str, str]] = {
     "cassandra": {
@@ -73,6 +74,7 @@ class Place:
     url: str
     options: Mapping[str, str] = field(default_factory=dict)
     guarded_by: System | None = None
+    cassandra: CassandraAccess = CassandraAccess()
     _open: dict[str, AdministrableStorage] = field(default_factory=dict)
 
     @classmethod
@@ -81,7 +83,8 @@ class Place:
         given = {name: value for name, value in (options or {}).items() if value is not None}
         if url is not None:
             return cls(url, given)
-        return cls(system.settings.storage_url, given, system)
+        address = storage_address(system.settings)
+        return cls(address.url, given, system, address.cassandra)
 
     @property
     def scheme(self) -> str:
@@ -102,7 +105,7 @@ class Place:
         more = urlencode({name: value for name, value in wanted.items() if name not in there})
         url = urlunsplit(parts._replace(query="&".join(filter(None, (parts.query, more))))) if more else self.url
         if url not in self._open:
-            self._open[url] = cast(AdministrableStorage, connect(url))
+            self._open[url] = cast(AdministrableStorage, connect(StorageAddress(url, self.cassandra)))
         return self._open[url]
 
     def unknown(self, options: Iterable[str]) -> list[str]:
