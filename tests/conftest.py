@@ -1,4 +1,4 @@
-"""What tests of several folders share: one of each real server, and one real system, for the whole session.
+"""What tests of several folders share: one of each real server, and one real system of each kind, for the session.
 
 Imported inside the fixtures, so that a folder that needs neither does not wait for what they need.
 """
@@ -73,4 +73,17 @@ async def system(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Syst
     from tests.end_to_end.harness import running_system
 
     async with running_system(tmp_path_factory.mktemp("system")) as whole:
+        yield whole
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def stack_system(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
+    """A whole system on Kafka and Cassandra, from `concord up --profile stack`: 30 s and 4 GB.
+
+    It has servers of its own, since the names of its topics and keyspaces are those of every system. A test may kill
+    any of its processes, for the supervisor brings them back, and leaves it running and at rest.
+    """
+    from tests.end_to_end.harness import running_system
+
+    async with running_system(tmp_path_factory.mktemp("stack"), profile="stack") as whole:
         yield whole

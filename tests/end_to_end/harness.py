@@ -210,12 +210,19 @@ async def eventually(holds: Callable[[], bool], what: str, *, within_s: float = 
 
 
 @asynccontextmanager
-async def running_system(parent: Path) -> AsyncIterator[System]:
-    """A system in a new directory below `parent`, with failpoints that can be armed."""
+async def running_system(
+    parent: Path, *, profile: str = "local", environment: Mapping[str, str] | None = None
+) -> AsyncIterator[System]:
+    """A system in a new directory below `parent`, with failpoints that can be armed and settings of `environment`."""
     failpoints = parent / "failpoints"
     running = RunningSystem(
         parent / "data",
-        environment={"CONCORD_FAILPOINTS": str(failpoints), "CONCORD_RECOVERY__SWEEP_INTERVAL_MS": "1000"},
+        profile=profile,
+        environment={
+            "CONCORD_FAILPOINTS": str(failpoints),
+            "CONCORD_RECOVERY__SWEEP_INTERVAL_MS": "1000",
+            **(environment or {}),
+        },
     )
     await asyncio.to_thread(running.start)
     try:
