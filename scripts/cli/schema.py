@@ -74,7 +74,7 @@ class Place:
     url: str
     options: Mapping[str, str] = field(default_factory=dict)
     guarded_by: System | None = None
-    cassandra: CassandraAccess = CassandraAccess()
+    cassandra: CassandraAccess = field(default_factory=CassandraAccess)
     _open: dict[str, AdministrableStorage] = field(default_factory=dict)
 
     @classmethod

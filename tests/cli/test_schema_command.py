@@ -360,7 +360,7 @@ def test_options_reach_a_storage_in_its_url_and_what_the_url_says_itself_counts(
     monkeypatch: pytest.MonkeyPatch, url: str, reached: str
 ) -> None:
     urls: list[str] = []
-    monkeypatch.setattr("scripts.cli.schema.connect", urls.append)
+    monkeypatch.setattr("scripts.cli.schema.connect", lambda place: urls.append(place.url))
 
     Place(url, {"replication-factor": "3"}).storage_with({"compaction-strategy": "LCS", "ru": "10"})
 
