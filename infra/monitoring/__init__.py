@@ -1,0 +1,1 @@
+"""Watching a system: rules and alerts for Prometheus, a dashboard for Grafana, indicators and their targets."""
