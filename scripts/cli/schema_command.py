@@ -17,6 +17,7 @@ from scripts.cli.system import System
 
 if TYPE_CHECKING:
     from infra.consensus_commit.schema import Difference, Step
+    from infra.storage.operations import TableSchema
     from infra.storage.schema_file import TableDeclaration
     from scripts.cli.schema import Place
 
@@ -96,7 +97,6 @@ def _reading(schema: typer.Typer) -> None:
         """The tables as they are."""
         from infra.consensus_commit.schema import as_declared
         from infra.storage.schema_file import render
-        from scripts.cli.schema import table_as_json
 
         async def work(place: Place) -> None:
             stored = {table.full_name: table for table in await place.storage.tables()}
@@ -113,10 +113,7 @@ def _reading(schema: typer.Typer) -> None:
             if as_file:
                 print(render(as_declared(table) for table in chosen), file=shape.stream)
                 return
-            for table in chosen:
-                shape.show(table_as_json(table, metadata=metadata), table_for_people)
-            if shape.human and not chosen:
-                print("No tables.", file=shape.stream)
+            _show(chosen, shape, metadata=metadata, none="No tables.")
 
         _run(work, where)
 
@@ -282,15 +279,12 @@ def _of_coordinator(coordinator: typer.Typer) -> None:
         where: Where = HERE,
     ) -> None:
         """The coordinator's tables as they are."""
-        from scripts.cli.schema import table_as_json
 
         async def work(place: Place) -> None:
             shape = Output.of(where.output)
             found = [table for table in await place.storage.tables() if table.namespace == coordinator_namespace]
-            for table in found:
-                shape.show(table_as_json(table, metadata=True), table_for_people)
-            if shape.human and not found:
-                print("No tables. `concord schema coordinator create` makes them.", file=shape.stream)
+            none = "No tables. `concord schema coordinator create` makes them."
+            _show(found, shape, metadata=True, none=none)
 
         _run(work, where)
 
@@ -367,6 +361,16 @@ def _change(
         await _do(Output.of(where.output), found.steps, found.left, execute(place, found.steps, declared), dry_run)
 
     _run(work, where, options, begun=chosen is not Command.APPLY)
+
+
+def _show(tables: Sequence[TableSchema], shape: Output, *, metadata: bool, none: str) -> None:
+    """The tables, with their transaction columns or without; for people, `none` if there is none."""
+    from scripts.cli.schema import table_as_json
+
+    for table in tables:
+        shape.show(table_as_json(table, metadata=metadata), table_for_people)
+    if shape.human and not tables:
+        print(none, file=shape.stream)
 
 
 def _warn_of_options(place: Place, options: Iterable[str]) -> None:

@@ -354,13 +354,29 @@ def _infer_list(
             updates[use.found_before_writing].append(use)
     for found, updaters in updates.items():
         for use in updaters:
-            overtaker = author(len(found)) if found == order[: len(found)] and len(found) < len(order) else None
-            if overtaker is None and len(updaters) > 1:
-                overtaker = next(other.transaction for other in updaters if other is not use)
-            if overtaker is not None and overtaker != use.transaction:
-                pair = (names[use.transaction], names[overtaker])
-                text = f"{pair[0]} read {list(found)} of {key} and appended to that, and so did {pair[1]}"
-                inference.anomalies.append(Anomaly(Class.LOST_UPDATE, pair, text))
+            next_author = author(len(found)) if found == order[: len(found)] and len(found) < len(order) else None
+            overtaken = _overtaken(use, updaters, next_author, names)
+            if overtaken is not None:
+                text = f"{overtaken[0]} read {list(found)} of {key} and appended to that, and so did {overtaken[1]}"
+                inference.anomalies.append(Anomaly(Class.LOST_UPDATE, overtaken, text))
+
+
+def _overtaken(
+    use: _ListUse | _RegisterUse,
+    updaters: Sequence[_ListUse] | Sequence[_RegisterUse],
+    known: int | None,
+    names: Sequence[str],
+) -> tuple[str, str] | None:
+    """The names of one that wrote over what it had found and of one that had done so too; None if there is no other.
+
+    The other is the `known` one, or else any of the `updaters`, which had found the same.
+    """
+    overtaker = known
+    if overtaker is None and len(updaters) > 1:
+        overtaker = next(other.transaction for other in updaters if other is not use)
+    if overtaker is None or overtaker == use.transaction:
+        return None
+    return names[use.transaction], names[overtaker]
 
 
 def _check_last(
@@ -411,13 +427,11 @@ def _infer_register(
     for found, updaters in updates.items():
         for use in updaters:
             overtaken_by = next_of.get(found)
-            overtaker = None if overtaken_by is None else last_of[overtaken_by].transaction
-            if overtaker is None and len(updaters) > 1:
-                overtaker = next(other.transaction for other in updaters if other is not use)
-            if overtaker is not None and overtaker != use.transaction:
-                pair = (names[use.transaction], names[overtaker])
-                text = f"{pair[0]} read {found} of {key} and wrote {use.written[-1]}, but {pair[1]} came in between"
-                inference.anomalies.append(Anomaly(Class.LOST_UPDATE, pair, text))
+            known = None if overtaken_by is None else last_of[overtaken_by].transaction
+            overtaken = _overtaken(use, updaters, known, names)
+            if overtaken is not None:
+                text = f"{overtaken[0]} read {found} of {key} and wrote {use.written[-1]}, but {overtaken[1]} came in between"
+                inference.anomalies.append(Anomaly(Class.LOST_UPDATE, overtaken, text))
 
 
 def _successions(
