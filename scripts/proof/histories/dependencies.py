@@ -430,7 +430,8 @@ def _infer_register(
             known = None if overtaken_by is None else last_of[overtaken_by].transaction
             overtaken = _overtaken(use, updaters, known, names)
             if overtaken is not None:
-                text = f"{overtaken[0]} read {found} of {key} and wrote {use.written[-1]}, but {overtaken[1]} came in between"
+                writer, between = overtaken
+                text = f"{writer} read {found} of {key} and wrote {use.written[-1]}, but {between} came in between"
                 inference.anomalies.append(Anomaly(Class.LOST_UPDATE, overtaken, text))
 
 
