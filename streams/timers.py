@@ -26,6 +26,13 @@ from streams.traced_batch import send_attributes
 log = structlog.get_logger()
 
 
+REPEATED_AFTER_MS = 60_000
+"""What is still due so long after it was published is published again: Kafka has it, but it may have been given up on.
+
+Not at every interval: while storage is away nothing that is due gets done, and the log would fill with repetitions.
+"""
+
+
 class Timers:
     """Publishes due commands at every interval. `assigned` says which partitions this worker has now."""
 
@@ -51,6 +58,8 @@ class Timers:
         self._now_ms = now_ms
         self._interval_s = interval_s
         self._registry = registry or default_registry()
+        self._published_at_ms: dict[str, dict[tuple[str, str], int]] = {}
+        """Of each domain, what was due at the last look, by key and id, and when it was published."""
 
     async def run(self) -> None:
         """Until cancelled. What cannot be asked or published now is due again at the next interval."""
@@ -69,9 +78,15 @@ class Timers:
         now_ms = self._now_ms()
         deliveries = []
         spans = []
+        before, still_due = self._published_at_ms.get(domain, {}), {}
         for shard in range(self._placement.shards[domain]):
             (due,) = await self._runtime.ask(actor_name(domain, shard), "due", [now_ms])
-            for command_id, type_name, body, _routing_key in due:
+            for command_id, type_name, body, routing_key in due:
+                published_at_ms = before.get((routing_key, command_id))
+                if published_at_ms is not None and abs(now_ms - published_at_ms) < REPEATED_AFTER_MS:
+                    still_due[(routing_key, command_id)] = published_at_ms
+                    continue
+                still_due[(routing_key, command_id)] = now_ms
                 command = self._registry.command(type_name).model_validate_json(body)
                 topic = commands_topic(command.domain)
                 told = {"messaging.message.id": command_id, "concord.message.type": type_name}
@@ -86,6 +101,7 @@ class Timers:
                 )
                 deliveries.append(await self._producer.send(message.topic, message.key, message.value, message.headers))
         await asyncio.gather(*deliveries)
+        self._published_at_ms[domain] = still_due
         for span in spans:
             span.end()
         return len(deliveries)

@@ -53,9 +53,8 @@ def timers(runtime: Any, producer: Any, assigned: set[Partition], **more: Any) -
         placement=PLACEMENT,
         producer=producer,
         assigned=lambda: assigned,
-        now_ms=lambda: 1_600_000_000_000,
         interval_s=0.005,
-        **more,
+        **{"now_ms": lambda: 1_600_000_000_000, **more},
     )
 
 
@@ -72,13 +71,25 @@ async def test_what_is_due_is_published_as_the_command_that_it_is() -> None:
     assert model.produce(value or b"") == CancelReservation(category="851", order_id="order-1")
 
 
-async def test_a_command_that_is_due_twice_is_the_same_message() -> None:
+async def test_a_command_that_two_workers_find_due_is_the_same_message() -> None:
     producer = FakeProducer()
-    ticking = timers(Clockwork(), producer, set())
-    await ticking.publish_due("inventory")
-    await ticking.publish_due("inventory")
+    await timers(Clockwork(), producer, set()).publish_due("inventory")
+    await timers(Clockwork(), producer, set()).publish_due("inventory")
 
     assert producer.sent[0] == producer.sent[1]
+
+
+async def test_what_stays_due_is_published_again_after_a_while_and_not_at_every_look() -> None:
+    producer, now_ms = FakeProducer(), [1_600_000_000_000]
+    ticking = timers(Clockwork(), producer, set(), now_ms=lambda: now_ms[0])
+
+    published = []
+    for _ in range(6):
+        published.append(await ticking.publish_due("inventory"))
+        now_ms[0] += 20_000
+
+    assert published == [1, 0, 0, 1, 0, 0]
+    assert {headers["ce_id"] for _, _, _, headers in producer.sent} == {b"expiry-1"}
 
 
 async def test_only_the_worker_with_the_first_partition_asks() -> None:
