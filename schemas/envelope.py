@@ -50,6 +50,9 @@ MAX_TEXT_CHARS = 1_000
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32_768
 
+NOT_UTF8_IN_NAME = "\ufffd"
+"""What clients put in place of bytes of a header's name that are not UTF-8. Kafka itself lets them pass."""
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _RFC3339 = re.compile(
@@ -176,8 +179,10 @@ def decode_headers(headers: Iterable[Header]) -> Envelope:
     repeated: set[str] = set()
     extra: list[Header] = []
     count = size = 0
+    unreadable = 0
     for name, value in headers:
         count += 1
+        unreadable += NOT_UTF8_IN_NAME in name
         size += len(name) + len(value or b"")
         if name not in _OURS:
             extra.append((name, value))
@@ -187,6 +192,8 @@ def decode_headers(headers: Iterable[Header]) -> Envelope:
             ours[name] = value
     id = _read_id(ours, repeated)
     try:
+        if unreadable:
+            raise EnvelopeError(EnvelopeReason.NOT_UTF8, f"the names of {unreadable} headers")
         if count > MAX_HEADERS or size > MAX_HEADER_BYTES:
             raise EnvelopeError(EnvelopeReason.TOO_MANY_HEADERS, f"{count} headers of {size} characters")
         return _envelope(ours, repeated, tuple(extra))

@@ -37,6 +37,7 @@ from aiokafka.errors import (
     UnsupportedSaslMechanismError,
 )
 
+from infra.messaging import records  # noqa: F401 - consumers that are made from here read any header name
 from infra.messaging.errors import (
     BrokerUnavailableError,
     MessagingError,
