@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 import yaml
 
 from infra.servers.artifacts import SERVERS
+from infra.servers.cassandra import SETTINGS
 from infra.servers.kafka import SERVER_PROPERTIES
 
 FILE = Path(__file__).parents[2] / "docker-compose.kafka.yml"
@@ -28,15 +31,83 @@ def test_the_container_has_the_same_setting(services: dict[str, Any], name: str)
     assert services["kafka"]["environment"][variable] == SERVER_PROPERTIES[name]
 
 
-def test_every_port_is_published_on_this_machine_alone(services: dict[str, Any]) -> None:
-    ports = [port for service in services.values() for port in service["ports"]]
+def test_every_port_is_open_on_this_machine_alone(services: dict[str, Any]) -> None:
+    shared = {name for name, service in services.items() if service.get("network_mode") == "host"}
+    ports = [port for name, service in services.items() if name not in shared for port in service["ports"]]
 
     assert ports
     assert all(port.startswith("127.0.0.1:") for port in ports)
+    assert shared == {"prometheus", "grafana"}
+    assert "--web.listen-address=127.0.0.1:9090" in services["prometheus"]["command"]
+    assert services["grafana"]["environment"]["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
 
 
-def test_cassandra_answers_a_write_only_when_it_is_on_disk(services: dict[str, Any]) -> None:
-    script = services["cassandra"]["command"][-1]
+def test_monitoring_is_a_profile_that_reads_the_files_of_this_repository(services: dict[str, Any]) -> None:
+    optional = {name: service for name, service in services.items() if "profiles" in service}
+    mounted = [
+        volume.split(":") for service in optional.values() for volume in service["volumes"] if volume.startswith("./")
+    ]
 
-    assert "commitlog_sync: batch" in script
-    assert "paxos_variant: v2" in script
+    assert {name: service["profiles"] for name, service in optional.items()} == {
+        "prometheus": ["monitoring"],
+        "grafana": ["monitoring"],
+    }
+    assert mounted
+    assert all((FILE.parent / source).exists() and mode == "ro" for source, _, mode in mounted)
+
+
+def test_every_volume_is_declared(services: dict[str, Any]) -> None:
+    declared = yaml.safe_load(FILE.read_text())["volumes"]
+    named = {volume.split(":")[0] for service in services.values() for volume in service["volumes"]}
+
+    assert {name for name in named if not name.startswith("./")} == set(declared)
+
+
+OF_ONE_MACHINE = {"partitioner", "endpoint_snitch", "num_tokens", "auto_bootstrap"}
+"""What the image has the same, or sets by variables of its own."""
+
+SAMPLE = """\
+# commitlog_sync: group
+commitlog_sync: periodic
+commitlog_sync_period: 10000ms
+key_cache_size:
+read_request_timeout: 5s
+memtable:
+  configurations:
+    skiplist:
+      class_name: SkipListMemtable
+seed_provider:
+  - class_name: org.apache.cassandra.locator.SimpleSeedProvider
+"""
+
+
+def test_the_container_has_the_settings_of_the_cassandra_that_runs_without_containers(services: dict[str, Any]) -> None:
+    lines = yaml.safe_load(services["cassandra"]["environment"]["CONCORD_SETTINGS"])
+
+    assert lines == {
+        "commitlog_sync": "batch",
+        **{name: value for name, value in SETTINGS.items() if name not in OF_ONE_MACHINE},
+    }
+    assert services["cassandra"]["environment"]["CASSANDRA_NUM_TOKENS"] == str(SETTINGS["num_tokens"])
+
+
+def test_the_settings_replace_those_of_the_image(services: dict[str, Any], tmp_path: Path) -> None:
+    """The script of the service, as compose hands it to bash, on a file like the image's."""
+    file = tmp_path / "cassandra.yaml"
+    file.write_text(SAMPLE)
+    settings = services["cassandra"]["environment"]["CONCORD_SETTINGS"]
+    script = services["cassandra"]["command"][-1].replace("$$", "$").replace("/etc/cassandra/cassandra.yaml", str(file))
+    assert "exec docker-entrypoint.sh cassandra -f" in script
+
+    subprocess.run(
+        ["bash", "-c", script.replace("exec docker-entrypoint.sh", "true")],
+        env={"PATH": os.environ["PATH"], "CONCORD_SETTINGS": settings},
+        check=True,
+    )
+
+    written = yaml.safe_load(file.read_text())
+    assert written == yaml.safe_load(settings) | {
+        "memtable": {"configurations": {"skiplist": {"class_name": "SkipListMemtable"}}},
+        "seed_provider": [{"class_name": "org.apache.cassandra.locator.SimpleSeedProvider"}],
+    }
+    assert all(file.read_text().count(f"\n{name}:") == 1 for name in yaml.safe_load(settings))
