@@ -1,8 +1,9 @@
 """The driver's session, for one event loop at a time.
 
-The driver runs a thread of its own and answers through callbacks. Here a request is sent from the event loop (which
-never waits for it: the bytes go into the driver's buffer), and its answer comes back to the loop through a queue that
-the driver's thread fills. What does block (connecting, preparing, closing) runs on a thread of this object.
+The driver answers through callbacks. Its connections are served by the event loop itself (`cassandra_reactor`), so
+that a request and its answer change no thread; the few answers that threads of the driver give (of a statement that a
+node had forgotten) come back to the loop through a queue. What does block (connecting, preparing, closing) runs on a
+thread of this object. Another loop finds the connections of the one before closed and opens its own.
 
     permits     at most `max_in_flight` requests are outstanding; a permit returns with the driver's answer, which may
                 come after its caller was cancelled
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +38,7 @@ from cassandra.policies import (
 from cassandra.query import BatchStatement, BatchType, BoundStatement, SimpleStatement, tuple_factory
 
 from infra.storage.cassandra_errors import connect_error, read_error, write_error
+from infra.storage.cassandra_reactor import LoopConnection, connections_of
 from infra.storage.cassandra_statements import Statement
 from infra.storage.errors import InvalidOperationError, UnavailableStorageError
 
@@ -125,7 +128,10 @@ class _LoopSide:
     woken: bool = False
 
     def post(self, answer: Callable[[], None]) -> None:
-        """Run `answer` on the loop, soon; called from any thread. Many at once wake the loop once."""
+        """Run `answer` on the loop; called from any thread. Many at once from elsewhere wake the loop once."""
+        if asyncio._get_running_loop() is self.loop:
+            answer()
+            return
         self.answers.append(answer)
         if not self.woken:
             self.woken = True
@@ -250,8 +256,9 @@ class CassandraSession:
     async def close(self) -> None:
         """Wait for what is outstanding, then close every connection."""
         self._closed = True
-        if self._side is not None and self._side.connecting is not None:
-            await asyncio.wait([self._side.connecting])
+        side = self._loop_side()
+        if side.connecting is not None:
+            await asyncio.wait([side.connecting])
         await self._idle.wait()
         cluster, self._cluster, self._session = self._cluster, None, None
         if cluster is not None:
@@ -264,18 +271,18 @@ class CassandraSession:
 
     async def _connected(self) -> Session:
         """The session, opened by one task however many wait for it, which goes on if they give up."""
+        side = self._loop_side()
         if self._session is not None:
             return self._session
         if self._closed:
             raise InvalidOperationError("this storage was closed")
-        side = self._loop_side()
         if side.connecting is None or side.connecting.done():
             side.connecting = asyncio.ensure_future(self._open())
             side.connecting.add_done_callback(_retrieved)
         return await asyncio.shield(side.connecting)
 
     async def _open(self) -> Session:
-        cluster, session = await self._in_thread(self._connect)
+        cluster, session = await self._in_thread(self._connect, connections_of(asyncio.get_running_loop()))
         try:
             await self._check_nodes(session)
         except BaseException:
@@ -284,7 +291,7 @@ class CassandraSession:
         self._cluster, self._session = cluster, session
         return session
 
-    def _connect(self) -> tuple[Cluster, Session]:
+    def _connect(self, connections: type[LoopConnection]) -> tuple[Cluster, Session]:
         settings = self._settings
         replicas_first = TokenAwarePolicy(DCAwareRoundRobinPolicy(settings.local_dc or ""), shuffle_replicas=False)
         profile = ExecutionProfile(
@@ -300,6 +307,7 @@ class CassandraSession:
             cluster = Cluster(
                 settings.contact_points,
                 port=settings.port,
+                connection_class=connections,
                 execution_profiles={EXEC_PROFILE_DEFAULT: profile},
                 auth_provider=settings.auth_provider,
                 ssl_context=settings.ssl_context,
@@ -363,6 +371,7 @@ class CassandraSession:
     # -- sending
 
     async def _bound(self, statement: Statement, what: str) -> BoundStatement:
+        self._loop_side()  # Another loop prepares anew.
         prepared = self._prepared.get(statement.cql)
         if prepared is None:
             prepared = await self._prepare(statement.cql, what)
@@ -463,7 +472,15 @@ class CassandraSession:
             self._in_flight = 0
             self._idle = asyncio.Event()
             self._idle.set()
+            self._leave_behind()
         return self._side
+
+    def _leave_behind(self) -> None:
+        """Give up what belonged to a loop that was closed: its connections ended with it."""
+        cluster, self._cluster, self._session = self._cluster, None, None
+        self._prepared.clear()
+        if cluster is not None:
+            threading.Thread(target=cluster.shutdown, name="cassandra-shutdown", daemon=True).start()
 
     async def _in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
         if self._threads is None:

@@ -1,0 +1,80 @@
+"""Connections that the asking loop serves: whose loop they belong to, and what becomes of them when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING
+
+from infra.storage.cassandra import CassandraStorage
+from infra.storage.cassandra_reactor import LoopTimer
+from infra.storage.operations import DataType, Key, Put, TableSchema
+
+if TYPE_CHECKING:
+    from infra.servers.cassandra import LocalCassandra
+
+
+def in_a_thread(*works: object) -> list[object]:
+    """What the coroutine functions gave, each run in a loop of its own, one after the other, in one other thread."""
+    answers: list[object] = []
+
+    def run() -> None:
+        for work in works:
+            answers.append(asyncio.run(work()))  # type: ignore[operator]
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+    return answers
+
+
+def test_a_storage_whose_loop_was_closed_connects_again_from_the_next(cassandra: LocalCassandra) -> None:
+    storage = CassandraStorage([cassandra.contact_point], cassandra.port)
+
+    async def ask() -> list[str]:
+        return await storage.namespaces()
+
+    async def ask_and_close() -> list[str]:
+        found = await storage.namespaces()
+        await storage.close()
+        return found
+
+    first, second = in_a_thread(ask, ask_and_close)
+    assert first == second
+
+
+def test_requests_and_answers_need_no_thread_but_that_of_the_loop(cassandra: LocalCassandra) -> None:
+    async def ask() -> list[str]:
+        storage = CassandraStorage([cassandra.contact_point], cassandra.port)
+        await storage.namespaces()
+        names = sorted(thread.name for thread in threading.enumerate())
+        await storage.close()
+        return names
+
+    (names,) = in_a_thread(ask)
+    assert not [name for name in names if "event_loop" in name or "libev" in name]  # type: ignore[attr-defined]
+
+
+async def test_a_large_request_and_a_large_answer_pass_in_pieces(cassandra_storage: CassandraStorage) -> None:
+    table = TableSchema("reactor", "large", {"id": DataType.INT, "value": DataType.TEXT}, ("id",))
+    await cassandra_storage.create_table(table)
+    values = [chr(ord("a") + number) * 2_000_000 for number in range(6)]
+    await asyncio.gather(
+        *(cassandra_storage.mutate([Put(table, Key((n,)), {"value": value})]) for n, value in enumerate(values))
+    )
+    rows = await asyncio.gather(*(cassandra_storage.get(table, Key((n,))) for n in range(6)))
+    assert [row["value"] for row in rows if row is not None] == values
+    await cassandra_storage.drop_table(table)
+    await cassandra_storage.drop_namespace("reactor")
+
+
+async def test_a_timer_that_was_cancelled_calls_nobody() -> None:
+    loop, called = asyncio.get_running_loop(), asyncio.Event()
+    cancelled = LoopTimer(loop, 0.0, lambda: called.set())
+    cancelled.cancel()
+    from_elsewhere = await asyncio.to_thread(lambda: LoopTimer(loop, 0.0, lambda: None))
+    from_elsewhere.cancel()
+    done = asyncio.Event()
+    LoopTimer(loop, 0.001, done.set)
+    await done.wait()
+    assert not called.is_set()
