@@ -123,19 +123,31 @@ async def supervise(
     with preflight.hold(directory):
         preflight.check_ports(settings)
         outside = parts.outside(settings)
-        await wait_until_reachable(outside, progress)
-        if settings.profile != "stack":  # what is wrong with the storage shows before anything runs
-            await parts.create_tables(settings)
-        await asyncio.to_thread(clear_metrics, directory / "metrics")
-        run = str(uuid.uuid4())
-        os.environ[guard.MARK] = run
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        guardian = Guard(run)
         try:
-            await _Supervisor(settings, parts, outside, run, guardian, on_ready, progress).run()
+            await wait_until_reachable(outside, progress)
+            await _run(settings, parts, outside, on_ready, progress)
         finally:
-            await asyncio.to_thread(guardian.release)
             await close_all(outside)
+
+
+async def _run(
+    settings: Settings,
+    parts: Parts,
+    outside: Sequence[Outside],
+    on_ready: Callable[[Addresses], None],
+    progress: Progress,
+) -> None:
+    if settings.profile != "stack":  # what is wrong with the storage shows before anything runs
+        await parts.create_tables(settings)
+    await asyncio.to_thread(clear_metrics, settings.data_dir / "metrics")
+    run = str(uuid.uuid4())
+    os.environ[guard.MARK] = run
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    guardian = Guard(run)
+    try:
+        await _Supervisor(settings, parts, outside, run, guardian, on_ready, progress).run()
+    finally:
+        await asyncio.to_thread(guardian.release)
 
 
 class _Supervisor:

@@ -517,6 +517,7 @@ async def test_a_start_without_a_server_of_others_fails_with_the_reason_and_star
 
     assert [type(each) for each in caught.value.exceptions] == [raised]
     assert world.events == []
+    assert [server.closed for server in world.outside] == [True]
 
 
 def test_pauses_grow_and_begin_again_after_a_steady_time() -> None:
