@@ -43,6 +43,8 @@ COMMANDS = {
     "check",
     "topics",
     "doctor",
+    "top",
+    "slis",
     "schema apply",
     "schema show",
     "schema diff",
@@ -59,7 +61,8 @@ COMMANDS = {
     "history",
     "rebuild order-history",
 }
-"""What the contract names, those that read and rebuild the order history, and those for tables and transactions."""
+"""What the contract names, those that show what is measured, that read and rebuild the order history, and those for
+tables and transactions."""
 
 HEAVY = (
     "ray",
