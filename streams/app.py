@@ -227,6 +227,11 @@ class StreamWorker:
         return self._assigned or set()
 
     @property
+    def generation(self) -> int:
+        """Counts the rebalances of the group, as Kafka does."""
+        return int(self._app.consumer_generation_id)
+
+    @property
     def ready(self) -> bool:
         """Whether the group has assigned partitions (or none, where others have them all)."""
         return self._assigned is not None
