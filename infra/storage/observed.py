@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from infra.storage.errors import (
@@ -65,12 +65,16 @@ class ObservedStorage(ForwardingStorage):
 
     async def pages(self, selection: CrossPartition, page_size: int = 256) -> AsyncIterator[list[Row]]:
         # Only the first page: the time between two others is that of whoever reads them.
-        pages = aiter(self.storage.pages(selection, page_size))
-        first = await self._timed(selection.table.namespace, "pages", anext(pages, None))
-        if first is not None:
-            yield first
-            async for page in pages:
-                yield page
+        pages = self.storage.pages(selection, page_size)
+        try:
+            first = await self._timed(selection.table.namespace, "pages", anext(pages, None))
+            if first is not None:
+                yield first
+                async for page in pages:
+                    yield page
+        finally:
+            if isinstance(pages, AsyncGenerator):  # left early: what it holds open is closed now
+                await pages.aclose()
 
     async def partitions(self, table: TableSchema) -> list[tuple[Value, ...]]:
         return await self._timed(table.namespace, "partitions", self.storage.partitions(table))
@@ -81,17 +85,16 @@ class ObservedStorage(ForwardingStorage):
 
     async def _timed(self, namespace: str, operation: str, call: Awaitable[T]) -> T:
         started_s = self._monotonic_s()
-        error = ""
         try:
-            return await call
+            result = await call
         except Exception as raised:
-            error = error_of(raised)
+            self._tell(namespace, operation, started_s, error_of(raised))
             raise
-        finally:
-            self._on_call(self._name(namespace), namespace, operation, self._monotonic_s() - started_s, error)
+        self._tell(namespace, operation, started_s, "")
+        return result
 
-    def _name(self, namespace: str) -> str:
+    def _tell(self, namespace: str, operation: str, started_s: float, error: str) -> None:
         name = self._names.get(namespace)
         if name is None:
             name = self._names[namespace] = self.storage.info_of(namespace).name
-        return name
+        self._on_call(name, namespace, operation, self._monotonic_s() - started_s, error)

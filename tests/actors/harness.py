@@ -230,6 +230,7 @@ class System:
         sweep_interval_s: float = 0.02,
         outcome_window_ms: int = 7 * 24 * 3_600_000,
         serializes_batches: bool | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.clock = clock or ManualClock()
         self.storage = Weather(storage, serializes_batches=serializes_batches)
@@ -246,7 +247,9 @@ class System:
             self.config,
             self.storage,
             clock=self.clock,
-            observer=Observer(on_trouble=lambda domain, trouble: self.troubles.update([trouble])),
+            observer=replace(
+                observer or Observer(), on_trouble=lambda domain, trouble: self.troubles.update([trouble])
+            ),
             names=placement.actors(),
         )
         self.answers: dict[tuple[str, str, str], Answer] = {}
