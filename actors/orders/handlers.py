@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actors.domain import Refused, Transaction
-from actors.idempotency import content_digest
+from actors.idempotency import content_digest, made_before
 from actors.orders.tables import (
     ORDERS,
     RETURNS,
@@ -69,11 +69,9 @@ TRANSITIONS: Mapping[OrderStatus, frozenset[OrderStatus]] = {
 
 @orders.handles(PlaceOrder)
 async def place_order(tx: Transaction, command: PlaceOrder) -> dict[str, Any]:
-    digest = content_digest(command)
-    existing = await tx.get(ORDERS, command.customer_id, command.order_id)
+    refusal = Refused("duplicate_order", customer_id=command.customer_id, order_id=command.order_id)
+    existing = await made_before(tx, ORDERS, command.customer_id, command.order_id, by=command, refusal=refusal)
     if existing is not None:
-        if existing.content_digest != digest:
-            raise Refused("duplicate_order", customer_id=command.customer_id, order_id=command.order_id)
         return _placed(existing)
 
     total = _bounded_total(command.lines)
@@ -131,7 +129,7 @@ async def place_order(tx: Transaction, command: PlaceOrder) -> dict[str, Any]:
         returned=(),
         created_at_ms=tx.now_ms,
         updated_at_ms=tx.now_ms,
-        content_digest=digest,
+        content_digest=content_digest(command),
     )
     await tx.insert(ORDERS, order)
     tx.emit(OrderPlaced(order=OrderSummary.of(order), lines=order.lines), about=_about(order))
@@ -200,11 +198,9 @@ async def cancel_order(tx: Transaction, command: CancelOrder) -> dict[str, Any]:
 
 @orders.handles(ReturnGoods)
 async def return_goods(tx: Transaction, command: ReturnGoods) -> dict[str, Any]:
-    digest = content_digest(command)
-    existing = await tx.get(RETURNS, command.customer_id, command.return_id)
+    refusal = Refused("duplicate_return", customer_id=command.customer_id, return_id=command.return_id)
+    existing = await made_before(tx, RETURNS, command.customer_id, command.return_id, by=command, refusal=refusal)
     if existing is not None:
-        if existing.content_digest != digest:
-            raise Refused("duplicate_return", customer_id=command.customer_id, return_id=command.return_id)
         return _returned(existing)
 
     total = _bounded_total(command.lines)
@@ -240,7 +236,7 @@ async def return_goods(tx: Transaction, command: ReturnGoods) -> dict[str, Any]:
         currency=command.currency,
         refund_id=refund_id,
         created_at_ms=tx.now_ms,
-        content_digest=digest,
+        content_digest=content_digest(command),
     )
     await tx.insert(RETURNS, returned)
     summary = ReturnSummary.of(returned)

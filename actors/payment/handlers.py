@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from actors.domain import Refused, Transaction
-from actors.idempotency import content_digest
+from actors.idempotency import content_digest, made_before
 from actors.payment.tables import PAYMENTS, WALLETS, Payment, Wallet, payment
 from schemas.common import BALANCE_MAX
 from schemas.message import Command
@@ -78,10 +78,9 @@ async def open_wallet(tx: Transaction, command: OpenWallet) -> dict[str, Any]:
 @payment.handles(TopUpWallet)
 async def top_up_wallet(tx: Transaction, command: TopUpWallet) -> dict[str, Any]:
     top_up_id = command.top_up_id or tx.new_id("top-up")
-    existing = await tx.get(PAYMENTS, command.customer_id, top_up_id)
+    refusal = Refused("duplicate_top_up", top_up_id=top_up_id)
+    existing = await made_before(tx, PAYMENTS, command.customer_id, top_up_id, by=command, refusal=refusal)
     if existing is not None:
-        if existing.content_digest != content_digest(command):
-            raise Refused("duplicate_top_up", top_up_id=top_up_id)
         return _answer(existing)
 
     wallet = await _wallet(tx, command.customer_id, command.currency)
@@ -96,10 +95,9 @@ async def top_up_wallet(tx: Transaction, command: TopUpWallet) -> dict[str, Any]
 
 @payment.handles(TakePayment)
 async def take_payment(tx: Transaction, command: TakePayment) -> dict[str, Any]:
-    existing = await tx.get(PAYMENTS, command.customer_id, command.payment_id)
+    refusal = Refused("duplicate_payment", payment_id=command.payment_id)
+    existing = await made_before(tx, PAYMENTS, command.customer_id, command.payment_id, by=command, refusal=refusal)
     if existing is not None:
-        if existing.content_digest != content_digest(command):
-            raise Refused("duplicate_payment", payment_id=command.payment_id)
         return _answer(existing)
 
     if command.method not in PROVIDERS:
@@ -128,10 +126,9 @@ async def take_payment(tx: Transaction, command: TakePayment) -> dict[str, Any]:
 
 @payment.handles(RefundPayment)
 async def refund_payment(tx: Transaction, command: RefundPayment) -> dict[str, Any]:
-    existing = await tx.get(PAYMENTS, command.customer_id, command.refund_id)
+    refusal = Refused("duplicate_refund", refund_id=command.refund_id)
+    existing = await made_before(tx, PAYMENTS, command.customer_id, command.refund_id, by=command, refusal=refusal)
     if existing is not None:
-        if existing.content_digest != content_digest(command):
-            raise Refused("duplicate_refund", refund_id=command.refund_id)
         return _answer(existing)
 
     paid, amount = await _refundable(tx, command)
