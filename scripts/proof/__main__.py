@@ -1,4 +1,4 @@
-"""`python -m scripts.proof replay|small-stock|chaos|histories|simulate`: run a long proof, print its report as JSON.
+"""`python -m scripts.proof replay|small-stock|chaos|histories|simulate|disks`: run a long proof, print a JSON report.
 
 `simulate --seeds N` plays the engine in simulated weather and starts nothing; `--seeds 1 --first SEED` plays one seed
 again; `--mutation NAME|all` plants bugs into the engine, and what is proven is that they are found.
@@ -21,6 +21,7 @@ from typing import Any
 from infra.consensus_commit.states import Isolation
 from infra.storage.errors import InvalidOperationError
 from scripts.proof import scenarios
+from scripts.proof.disks.command import prove_disks
 from scripts.proof.histories.command import NAMED, prove_histories
 from scripts.proof.simulation.mutations import MUTATIONS
 from scripts.proof.simulation.running import prove_mutations, prove_simulation
@@ -55,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--first", type=int, default=0, metavar="SEED")
     simulate.add_argument("--workers", type=int, default=2, help="processes to simulate in")
     simulate.add_argument("--mutation", choices=(*MUTATIONS, "all"), help="plant this bug, which must be found")
+    disks = commands.add_parser("disks", help="full, failing and slow disks, and wrong clocks (root, strace, faketime)")
+    disks.add_argument("--only", default="", metavar="TEXT", help="only the scenes with this in their name")
+    disks.add_argument("--rounds", type=int, default=3)
+    disks.add_argument("--work", type=Path, help="keep what the scenes leave in this directory")
     return parser
 
 
@@ -86,6 +91,7 @@ def _run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             isolations=tuple(arguments.isolation or Isolation),
         ),
         "simulate": lambda: _simulate(arguments),
+        "disks": lambda: prove_disks(work, only=arguments.only, rounds=arguments.rounds),
     }
     return run[arguments.scenario]()
 

@@ -1,0 +1,61 @@
+"""`python -m scripts.proof disks`: every scene on every storage, several rounds each; the report.
+
+A scene holds if nothing is wrong and it was not played in vain: syncs did fail, transfers were refused, the server did
+end. What this machine does not allow (no root, no strace, no libfaketime) keeps the proof from holding, and is named.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from infra.storage.sqlite import SqliteStorage
+from scripts.proof.disks import clocks, on_sqlite
+from scripts.proof.disks.injury import ToolMissingError
+
+Scene = Callable[[Path], Awaitable[dict[str, Any]]]
+
+
+def prove_disks(work: Path, *, only: str = "", rounds: int = 3) -> dict[str, Any]:
+    """Play the scenes whose name contains `only` in directories below `work`; `holds`, and what each showed."""
+    logging.getLogger().setLevel(logging.CRITICAL)
+    scenes = {name: scene for name, scene in _scenes(rounds).items() if only in name}
+    reports = asyncio.run(_play(scenes, work))
+    return {"holds": bool(reports) and not any(report["wrong"] for report in reports.values()), "scenes": reports}
+
+
+async def _play(scenes: Mapping[str, Scene], work: Path) -> dict[str, dict[str, Any]]:
+    reports: dict[str, dict[str, Any]] = {}
+    for number, (name, scene) in enumerate(scenes.items()):
+        directory = work / f"{number:02d}"
+        directory.mkdir(parents=True)
+        try:
+            reports[name] = await scene(directory)
+        except ToolMissingError as missing:
+            reports[name] = {"wrong": [f"not shown here: {missing}"]}
+        except AssertionError as failed:
+            reports[name] = {"wrong": [str(failed)]}
+    return reports
+
+
+def _scenes(rounds: int) -> dict[str, Scene]:
+    return {
+        "sqlite: disk full, two files": partial(on_sqlite.disk_full, rounds=rounds),
+        "sqlite: disk full, one file": partial(on_sqlite.disk_full, one_file=True, rounds=rounds),
+        "sqlite: sync error, two files": partial(on_sqlite.sync_error, rounds=rounds),
+        "sqlite: sync error, one file": partial(on_sqlite.sync_error, one_file=True, rounds=rounds),
+        "sqlite: slow disk, two files": partial(on_sqlite.slow_disk, one_file=False, commits=5),
+        "sqlite: slow disk, one file": partial(on_sqlite.slow_disk, delay_ms=500, commits=10),
+        **{f"sqlite: clock {name}": partial(_clock_on_sqlite, name) for name in clocks.CLOCKS},
+    }
+
+
+async def _clock_on_sqlite(name: str, work: Path) -> dict[str, Any]:
+    directory = work / "tables"
+    return await clocks.wrong_clock(
+        partial(SqliteStorage, directory), f"sqlite://{directory.absolute()}", work, name=name, commits=40
+    )
