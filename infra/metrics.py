@@ -23,6 +23,7 @@ Importing this module does not import prometheus_client; the engine uses neither
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import re
 import sys
@@ -269,8 +270,12 @@ class MetricsError(RuntimeError):
 
 @dataclass(frozen=True)
 class Metrics:
-    """The metrics of COUNTED, ready to be counted: `metrics.transactions.labels("orders", "committed", "").inc()`."""
+    """The metrics of COUNTED, ready to be counted: `metrics.transactions.labels("orders", "committed", "").inc()`.
 
+    `process` is the name under which this process counts.
+    """
+
+    process: str
     commands: Counter
     command_seconds: Histogram
     transaction_seconds: Histogram
@@ -357,9 +362,17 @@ def open_metrics(directory: Path, process: str) -> Metrics:
         return name if os.getpid() == pid else f"{name}.{os.getpid()}"  # a fork is another process
 
     values.ValueClass = values.MultiProcessValue(identify)  # type: ignore[no-untyped-call]
-    metrics = _opened[str(directory)] = make_metrics(REGISTRY)
+    metrics = _opened[str(directory)] = make_metrics(REGISTRY, process)
     metrics.process_starts.labels(process).inc()
     return metrics
+
+
+def free_name(directory: Path, kind: str) -> str:
+    """The first of `kind-0`, `kind-1` … under which no living process counts: for a process whose own name is never
+    used again, so that neither the directory nor the labels grow with the number of its starts."""
+    directory.mkdir(parents=True, exist_ok=True)
+    taken = {name for name, _ in sharing_processes(directory)}
+    return next(name for number in itertools.count() if (name := f"{kind}-{number}") not in taken)
 
 
 def _hold_name(directory: Path, process: str) -> str:
@@ -391,7 +404,7 @@ def _allocate(file: Path) -> None:
         os.close(descriptor)
 
 
-def make_metrics(registry: CollectorRegistry) -> Metrics:
+def make_metrics(registry: CollectorRegistry, process: str = "") -> Metrics:
     """The metrics of COUNTED in a registry of the caller's; kept in this process unless it was started for sharing."""
     from prometheus_client import Counter, Gauge, Histogram
 
@@ -409,7 +422,7 @@ def make_metrics(registry: CollectorRegistry) -> Metrics:
                 made[row.field] = Gauge(
                     row.name, row.description, row.labels, registry=registry, multiprocess_mode="mostrecent"
                 )
-    return Metrics(**made)
+    return Metrics(process, **made)
 
 
 def metrics_page(

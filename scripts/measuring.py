@@ -88,7 +88,7 @@ def worker_observer(
     from streams.partitions import Partition
 
     type_of = _known_types()
-    name = options.name
+    name = metrics.process or options.name
     for domain in options.domains:
         for reason in DeadLetterReason:
             metrics.dead_letters.labels(dead_letters_topic(domain), reason.value)

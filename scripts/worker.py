@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 from pydantic import BaseModel, ConfigDict
 
 from infra.config import WITH_SECRETS, Settings
-from infra.metrics import Metrics, open_metrics
+from infra.metrics import Metrics, free_name, open_metrics
 from infra.telemetry import configure_logging
 from infra.tracing import Tracer, open_tracer
 
@@ -143,7 +143,8 @@ def run_worker(
     os.environ.update(ray_environment(setup.settings))
     # Before Ray or Faust are imported: prometheus_client learns only at its first import what is shared.
     shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-    metrics = open_metrics(Path(shared) if shared else setup.settings.data_dir / "metrics", name)
+    directory = Path(shared) if shared else setup.settings.data_dir / "metrics"
+    metrics = open_metrics(directory, name if keeps_place else free_name(directory, "worker-apart"))
     from actors.ray_runtime import connect
 
     tracer = open_tracer(setup.settings.tracing, service="worker", process=name)

@@ -20,6 +20,7 @@ from infra.metrics import (
     Kind,
     Metrics,
     clear_metrics,
+    free_name,
     make_metrics,
     metrics_environment,
     metrics_page,
@@ -110,6 +111,14 @@ def test_two_living_processes_of_one_name_never_share_a_file(tmp_path: Path) -> 
     assert sharing_processes(tmp_path) == [], "both are gone"
 
 
+def test_who_never_comes_back_under_its_name_takes_one_that_is_free(tmp_path: Path) -> None:
+    with counting(tmp_path, free_name(tmp_path, "worker-apart"), 1):
+        with counting(tmp_path, free_name(tmp_path, "worker-apart"), 1):
+            assert [name for name, _ in sharing_processes(tmp_path)] == ["worker-apart-0", "worker-apart-1"]
+        assert free_name(tmp_path, "worker-apart") == "worker-apart-1"
+    assert free_name(tmp_path, "worker-apart") == "worker-apart-0"
+
+
 def test_the_page_shows_memory_and_descriptors_of_the_living(tmp_path: Path) -> None:
     with counting(tmp_path, "gone-0", 1):
         pass
@@ -186,7 +195,7 @@ def test_every_row_of_the_table_is_a_metric_that_counts() -> None:
     samples = {name for name, _labels in parse_metrics(generate_latest(registry))}
     for row in COUNTED:
         assert set(row.series) <= samples, row
-    assert [row.field for row in COUNTED] == [field.name for field in fields(Metrics)]
+    assert ["process", *(row.field for row in COUNTED)] == [field.name for field in fields(Metrics)]
 
 
 def test_names_follow_the_conventions_of_prometheus() -> None:
