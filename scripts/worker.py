@@ -27,7 +27,7 @@ from infra.telemetry import configure_logging
 from infra.tracing import Tracer, open_tracer
 
 if TYPE_CHECKING:
-    from streams.app import WorkerOptions
+    from streams.app import StreamWorker, WorkerOptions
 
 EXIT_NOT_STARTED = 1
 
@@ -93,6 +93,7 @@ async def _run(
     tracer: Tracer,
     options: WorkerOptions,
     follow: Path | None,
+    on_listening: Callable[[int], None],
 ) -> None:
     from scripts.measuring import worker_observer
     from streams.app import StreamWorker
@@ -101,10 +102,18 @@ async def _run(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray has put its own in place; Faust puts the right one later
     observer = replace(worker_observer(metrics, setup.settings, options), tracer=tracer)
     worker = StreamWorker(options, runtime, observer=observer)  # type: ignore[arg-type]
-    following = asyncio.ensure_future(_follow(follow, setup)) if follow is not None else None
+    beside = [asyncio.ensure_future(_tell_port(worker, on_listening))]
+    if follow is not None:
+        beside.append(asyncio.ensure_future(_follow(follow, setup)))
     await worker.run()
-    if following is not None:
-        following.cancel()
+    for task in beside:
+        task.cancel()
+
+
+async def _tell_port(worker: StreamWorker, on_listening: Callable[[int], None]) -> None:
+    while not worker.health.port:  # noqa: ASYNC110 - once, at the start
+        await asyncio.sleep(0.05)
+    on_listening(worker.health.port)
 
 
 async def _follow(path: Path, setup: WorkerSetup) -> None:
@@ -129,12 +138,14 @@ def run_worker(
     health_port: int = 0,
     keeps_place: bool = True,
     follow: Path | None = None,
+    on_listening: Callable[[int], None] = lambda port: None,
 ) -> NoReturn:
     """Be a stream worker until SIGTERM or SIGUSR1; ends the process.
 
     With 0 after a signal, once everything at work is finished and acknowledged; with anything else it is to be started
     again. Must be called before prometheus_client, Ray or Faust are imported. `follow` is the file that the system's
-    supervisor writes: when it names other servers, the process ends with EXIT_MOVED.
+    supervisor writes: when it names other servers, the process ends with EXIT_MOVED. `on_listening` is told the port of
+    the health pages once they are served.
     """
     configure_logging(setup.settings.log_level, process=name)
     faulthandler.enable()
@@ -153,7 +164,7 @@ def run_worker(
         options = replace(
             worker_options(setup, name=name, health_port=health_port), health_host=health_host, keeps_place=keeps_place
         )
-        asyncio.run(_run(setup, connect, metrics, tracer, options, follow))
+        asyncio.run(_run(setup, connect, metrics, tracer, options, follow, on_listening))
     except Exception:
         import structlog
 

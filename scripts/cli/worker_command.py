@@ -35,26 +35,35 @@ def register(app: typer.Typer) -> None:
             str, typer.Option(help="Address of /healthz, /readyz and /metrics (default: setting http_host).")
         ] = "",
         health_port: Annotated[int, typer.Option(help="Port of the same; 0: any that is free.")] = 0,
+        output: Shape = None,
     ) -> None:
         """Run one stream worker, apart from actors and supervisor.
 
         It joins the system that runs on DIR or, with --profile cluster, the one that the settings name, and takes its
-        share of the partitions. After SIGTERM it finishes and acknowledges what it is at and ends with 0; when it ends
-        with anything else, start it again.
+        share of the partitions. Prints one line when its health can be asked. After SIGTERM it finishes and
+        acknowledges what it is at and ends with 0; when it ends with anything else, start it again.
         """
         from infra.config import load_settings
         from scripts.worker import run_worker, setup_path
 
+        shape = Output.of(output)
         settings = load_settings(data_dir=data, profile=profile)
         system = System.find(data)
         joins = system.running and settings.profile != "cluster"
+        called, host = name or unique_name(), health_host or settings.http_host
+
+        def on_listening(port: int) -> None:
+            told = {"worker": called, "health": f"http://{host}:{port}"}
+            shape.show(told, lambda line: f"{line['worker']} serves {line['health']}/readyz. Ctrl-C stops it.")
+
         run_worker(
             _running(data) if joins else _outside(settings),
-            name=name or unique_name(),
-            health_host=health_host or settings.http_host,
+            name=called,
+            health_host=host,
             health_port=health_port,
             keeps_place=bool(name),
             follow=setup_path(data) if joins else None,
+            on_listening=on_listening,
         )
 
     @command(app, "workers")

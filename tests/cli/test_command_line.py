@@ -30,6 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 COMMANDS = {
     "up",
+    "worker",
+    "workers",
+    "restart",
     "stack up",
     "stack down",
     "stack status",
@@ -183,6 +186,11 @@ def test_the_code_of_many_outcomes_is_the_worst() -> None:
         (("tx", "show", "an-id"), ExitCode.UNREACHABLE),
         (("tx", "recover", "an-id"), ExitCode.UNREACHABLE),
         (("tx", "finish", "an-id"), ExitCode.UNREACHABLE),
+        (("worker",), ExitCode.UNREACHABLE),
+        (("workers",), ExitCode.UNREACHABLE),
+        (("workers", "2"), ExitCode.UNREACHABLE),
+        (("restart",), ExitCode.UNREACHABLE),
+        (("worker", "--profile", "moon"), ExitCode.USAGE),
         (("up", "--profile", "moon"), ExitCode.USAGE),
     ],
 )
