@@ -371,7 +371,7 @@ def free_name(directory: Path, kind: str) -> str:
     """The first of `kind-0`, `kind-1` … under which no living process counts: for a process whose own name is never
     used again, so that neither the directory nor the labels grow with the number of its starts."""
     directory.mkdir(parents=True, exist_ok=True)
-    taken = {name for name, _ in sharing_processes(directory)}
+    taken = {name for name, _ in _living(directory)}
     return next(name for number in itertools.count() if (name := f"{kind}-{number}") not in taken)
 
 
@@ -387,7 +387,7 @@ def _hold_name(directory: Path, process: str) -> str:
                 time.sleep(_LOCK_PAUSE_S)  # a scrape may be looking whether anybody holds it
                 continue
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            os.pwrite(descriptor, f"{os.getpid()} {_pid_namespace()}\n".encode(), 0)
             _held.append(descriptor)
             return wanted
         os.close(descriptor)
@@ -453,7 +453,12 @@ def process_page(process: str) -> bytes:
 
 
 def sharing_processes(directory: Path) -> list[tuple[str, int]]:
-    """(name, pid) of the living processes that share their metrics in `directory`."""
+    """(name, pid) of the living processes that share their metrics in `directory`, as far as /proc here shows them."""
+    return [(name, pid) for name, pid in _living(directory) if pid]
+
+
+def _living(directory: Path) -> list[tuple[str, int]]:
+    """The names whose locks are held, each with its pid; 0 where that is one of another container's."""
     found = []
     for file in sorted(directory.glob("*.lock")):
         try:
@@ -461,10 +466,16 @@ def sharing_processes(directory: Path) -> list[tuple[str, int]]:
                 try:
                     fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    found.append((file.stem, int(opened.read() or b"0")))
+                    pid, _, namespace = opened.read().decode().strip().partition(" ")
+                    found.append((file.stem, int(pid) if namespace == _pid_namespace() else 0))
         except (OSError, ValueError):  # gone meanwhile, or not yet written
             continue
-    return [(name, pid) for name, pid in found if pid]
+    return found
+
+
+def _pid_namespace() -> str:
+    """Pids mean something only within one (namespaces(7)): containers that share a directory may have two."""
+    return os.readlink("/proc/self/ns/pid")
 
 
 def parse_metrics(page: bytes) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

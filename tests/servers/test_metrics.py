@@ -134,6 +134,17 @@ def test_the_page_shows_memory_and_descriptors_of_the_living(tmp_path: Path) -> 
     assert usage(1 << 22) is None, "there is no such process"
 
 
+def test_a_pid_of_another_container_is_not_taken_for_one_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with counting(tmp_path, "orders-0", 1):
+        monkeypatch.setattr(module, "_pid_namespace", lambda: "pid:[1]")  # as an exporter beside it would see it
+
+        assert sharing_processes(tmp_path) == []
+        assert free_name(tmp_path, "orders") == "orders-1", "but its name is taken"
+        assert parse_metrics(metrics_page(tmp_path))["concord_commands_total", PLACED] == 1
+
+
 def test_readiness_is_on_the_page_where_it_is_known(tmp_path: Path) -> None:
     page = metrics_page(tmp_path, parts={"kafka": True, "orders-0": False})
 
