@@ -49,7 +49,7 @@ def register(app: typer.Typer) -> None:
         shape = Output.of(output)
         settings = load_settings(data_dir=data, profile=profile)
         system = System.find(data)
-        joins = system.running and settings.profile != "cluster"
+        joins = system.running and profile is None
         called, host = name or unique_name(), health_host or settings.http_host
 
         def on_listening(port: int) -> None:
