@@ -39,6 +39,7 @@ from infra.consensus_commit.coordinator import CoordinatorStates, StateRow
 from infra.consensus_commit.errors import UnknownTransactionStatusError
 from infra.consensus_commit.intents import Intent, IntentLog
 from infra.consensus_commit.states import TransactionState
+from infra.consensus_commit.sweeper import Turns
 from infra.failpoints import reach
 from infra.storage.errors import StorageError, UnavailableStorageError
 from infra.tracing import ABORT, COMMIT, COMMIT_RECORDS, COMMIT_STATE, OFF, PREPARE, VALIDATE, Attributes, Tracer
@@ -104,6 +105,7 @@ class CoordinatorActor:
         self._draining = False
         self._room = asyncio.Semaphore(max_at_work)
         self._sweeper: asyncio.Future[None] | None = None
+        self._turns = Turns()
 
     async def start(self) -> None:
         """Create the coordinator's tables, register, and begin to settle what predecessors left."""
@@ -358,11 +360,13 @@ class CoordinatorActor:
         self._on_sweep(self.name, len(in_doubt), min(in_doubt, default=None))
         now_s = self._clock.monotonic_s()
         self._first_seen_s = {intent.tx_id: self._first_seen_s.get(intent.tx_id, now_s) for intent in intents}
-        due = [
-            intent
-            for intent in intents
-            if intent.tx_id not in living and intent.tx_id not in self._active and self._due(intent)
-        ]
+        due = self._turns.take(
+            [
+                intent
+                for intent in intents
+                if intent.tx_id not in living and intent.tx_id not in self._active and self._due(intent)
+            ]
+        )
         left = 0
         for first in range(0, len(due), SWEPT_AT_ONCE):
             batch = due[first : first + SWEPT_AT_ONCE]

@@ -66,6 +66,23 @@ class Swept:
     waiting: int = 0
 
 
+class Turns:
+    """Who is looked at in which round."""
+
+    def __init__(self) -> None:
+        self._round = 0
+        self._looked_at_in: dict[str, int] = {}  # The last round that looked at an aborted transaction.
+
+    def take(self, due: Sequence[Intent]) -> list[Intent]:
+        """Of all that are due, those that were not seen at rest yet, and of the others LOOKED_AT_AGAIN at most."""
+        self._round += 1
+        aborted = {intent.tx_id: intent for intent in due if intent.aborted}
+        last = {tx_id: self._looked_at_in.get(tx_id, 0) for tx_id in aborted}
+        again = sorted(aborted, key=last.__getitem__)[:LOOKED_AT_AGAIN]
+        self._looked_at_in = last | dict.fromkeys(again, self._round)
+        return [*(intent for intent in due if not intent.aborted), *(aborted[tx_id] for tx_id in again)]
+
+
 class Sweeper:
     """Settles leftovers. With a `journal`, of every coordinator that writes intents; foreign ones in any case.
 
@@ -98,8 +115,7 @@ class Sweeper:
         self._is_gone = is_gone
         self._sleep = sleep
         self._first_seen_s: dict[str, float] = {}
-        self._round = 0
-        self._looked_at_in: dict[str, int] = {}  # The last round that looked at an aborted transaction.
+        self._turns = Turns()
         self._tables: dict[str, TableSchema] = {}
 
     async def run(self) -> None:
@@ -123,18 +139,9 @@ class Sweeper:
         intents = await self._journal.log.all()
         known = {intent.tx_id for intent in intents}
         self._first_seen_s = {tx_id: since for tx_id, since in self._first_seen_s.items() if tx_id in known}
-        self._looked_at_in = {tx_id: number for tx_id, number in self._looked_at_in.items() if tx_id in known}
-        due = self._in_turn([intent for intent in intents if self._is_due(intent)])
+        due = self._turns.take([intent for intent in intents if self._is_due(intent)])
         records = sum([await self._settle(intent) for intent in due])
         return Swept(len(due), records, waiting=len(intents) - len(due))
-
-    def _in_turn(self, due: Sequence[Intent]) -> list[Intent]:
-        """Those that were not seen at rest yet, then of the others as many as a round may look at again."""
-        self._round += 1
-        again = sorted((i for i in due if i.aborted), key=lambda i: self._looked_at_in.get(i.tx_id, 0))
-        again = again[:LOOKED_AT_AGAIN]
-        self._looked_at_in.update((intent.tx_id, self._round) for intent in again)
-        return [*(intent for intent in due if not intent.aborted), *again]
 
     def _is_due(self, intent: Intent) -> bool:
         assert self._journal is not None
