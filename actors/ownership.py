@@ -65,7 +65,7 @@ class Ownership:
                 await asyncio.wait((turn,), timeout=self._patience_s)
                 if not turn.done() and self._owners.get(key) is owner and not owner.prepared:
                     self.release(owner)
-            if not await turn:
+            if not await turn or claimant.wounded:  # It may be wounded after it was given the key, before it wakes.
                 raise WoundedError
         finally:
             turn.cancel()  # no key for one that was cancelled while it waited

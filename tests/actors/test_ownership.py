@@ -101,6 +101,22 @@ async def test_a_deadlock_is_broken_by_wounding_the_younger() -> None:
     assert (old.wounded, young.wounded, old.keys) == (False, True, {"a", "b"})
 
 
+async def test_one_that_is_wounded_after_it_was_given_a_key_and_before_it_wakes_is_told_so() -> None:
+    ownership = Ownership(patience_s=IMPATIENT_S)
+    first, second, third = Owner((1, "first")), Owner((2, "second")), Owner((3, "third"))
+    await ownership.acquire("a", first)
+    waiting = [asyncio.ensure_future(ownership.acquire("a", owner)) for owner in (second, third)]
+    await asyncio.sleep(0)
+
+    ownership.release(first)
+    ownership.release(second)
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+
+    assert isinstance(results[0], WoundedError)
+    assert results[1] is None
+    assert (second.keys, third.keys) == (set(), {"a"})
+
+
 async def test_a_prepared_owner_is_waited_for_however_young_it_is() -> None:
     ownership = Ownership(patience_s=IMPATIENT_S)
     old, young = Owner((1, "old")), Owner((2, "young"), prepared=True)
