@@ -21,6 +21,9 @@ from scripts.cli.system import lock_path
 MIN_FREE_MB = 512
 HOST = "127.0.0.1"
 
+UNFINISHED_RESTORE = "restore.unfinished"
+"""A file of this name says that a directory is not whole yet: `concord restore` removes it at its end."""
+
 PORTS: tuple[tuple[str, str, Callable[[Settings], int]], ...] = (
     ("CONCORD_HTTP_PORT", "metrics and health", lambda settings: settings.http_port),
     ("CONCORD_DASHBOARD_PORT", "the Ray dashboard", lambda settings: settings.dashboard_port),
@@ -35,7 +38,13 @@ PORTS: tuple[tuple[str, str, Callable[[Settings], int]], ...] = (
 
 
 def check_directory(directory: Path) -> None:
-    """It exists or can be made, can be written, and has room."""
+    """It exists or can be made, can be written, has room, and no restore was left unfinished in it."""
+    if (directory / UNFINISHED_RESTORE).exists():
+        raise DirectoryError(
+            f"A restore into {directory} was not finished: what is there is not a whole system.",
+            remedy="Restore the backup again, into a new directory.",
+            setting="--data",
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / f".writable.{os.getpid()}"

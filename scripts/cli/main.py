@@ -9,6 +9,7 @@ from __future__ import annotations
 import typer
 
 from scripts.cli import (
+    backup_command,
     check_command,
     doctor_command,
     history_command,
@@ -52,6 +53,7 @@ for family in (
     check_command,
     topics_command,
     doctor_command,
+    backup_command,
     schema_command,
     tx_command,
 ):
