@@ -67,7 +67,7 @@ def test_a_domain_without_shards_of_its_own_keeps_the_default() -> None:
         ("CONCORD_KAFKA__PORT", "70000", "CONCORD_KAFKA__PORT must be at most 65535."),
         ("CONCORD_KAFKA__HEAP_MB", "1", "CONCORD_KAFKA__HEAP_MB must be at least 256."),
         ("CONCORD_RETRY__FACTOR", "double", "CONCORD_RETRY__FACTOR must be a number."),
-        ("CONCORD_WORKERS", "0", "CONCORD_WORKERS must be at least 1."),
+        ("CONCORD_WORKERS", "-1", "CONCORD_WORKERS must be at least 0."),
         ("CONCORD_LOG_LEVEL", "loud", "CONCORD_LOG_LEVEL must be one of 'debug', 'info', 'warning' or 'error'."),
         ("CONCORD_PROFILE", "laptop", "CONCORD_PROFILE must be one of 'local', 'stack' or 'cluster'."),
         ("concord_workers", "x", "concord_workers must be a whole number."),
@@ -145,7 +145,7 @@ def test_settings_that_contradict_each_other_are_both_named(environment: dict[st
 def test_a_secret_is_shown_neither_in_errors_nor_in_descriptions() -> None:
     url = "cassandra://concord:hunter2@db/keyspace"
     settings = load_settings(environment={"CONCORD_STORAGE__URL": url})
-    said = problems({"CONCORD_STORAGE__URL": url, "CONCORD_WORKERS": "0"})
+    said = problems({"CONCORD_STORAGE__URL": url, "CONCORD_WORKERS": "-1"})
 
     assert "hunter2" not in said
     assert all("hunter2" not in str(line) for line in describe_settings(settings))
