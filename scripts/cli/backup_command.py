@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 COLUMNS = ("backup", "made_by", "profile", "rows", "messages", "paused_ms", "size_bytes")
 
 Backup = Annotated[Path, typer.Argument(metavar="BACKUP", help="The directory of one backup.")]
-Repository = Annotated[Path, typer.Argument(metavar="PATH", help="A directory that holds backups.")]
+Newest = Annotated[
+    Path | None,
+    typer.Argument(metavar="[BACKUP]", help="The directory of one backup. Default: the newest of DIR-backups."),
+]
+Repository = Annotated[
+    Path | None, typer.Argument(metavar="[PATH]", help="A directory of backups. Default: DIR-backups, beside DIR.")
+]
 
 
 def default_repository(data: Path) -> Path:
@@ -29,11 +35,21 @@ def default_repository(data: Path) -> Path:
     return data.with_name(f"{data.name.lstrip('.')}-backups")
 
 
-def register(app: typer.Typer) -> None:
-    backup = typer.Typer(no_args_is_help=True)
-    app.add_typer(backup, name="backup", help="Backups of the system's tables and topics.")
+def newest(data: Path) -> Path:
+    """The newest backup in the default place. Raises CommandError where there is none."""
+    from scripts.backup.form import backups_in
 
-    @command(backup, "create")
+    found = backups_in(default_repository(data))
+    if not found:
+        raise CommandError(f"There is no backup in {default_repository(data)}. Name one.", ExitCode.USAGE)
+    return found[-1]
+
+
+def register(app: typer.Typer) -> None:
+    family = typer.Typer(no_args_is_help=True)
+    app.add_typer(family, name="backup", help="Backups of the system's tables and topics.")
+
+    @command(family, "create")
     def create(
         to: Annotated[
             Path | None, typer.Option(metavar="PATH", help="Directory of backups. Default: DIR-backups, beside DIR.")
@@ -76,19 +92,20 @@ def register(app: typer.Typer) -> None:
             )
         shape.show(_summary(made, manifest), _for_people)
 
-    @command(backup, "list")
-    def list_(path: Repository, output: Shape = None) -> None:
+    @command(family, "list")
+    def list_(path: Repository = None, data: Data = DEFAULT_DIRECTORY, output: Shape = None) -> None:
         """The finished backups in a directory, oldest first."""
         from scripts.backup.form import backups_in, read_manifest
 
-        rows = [_summary(made, read_manifest(made)) for made in backups_in(path)]
+        rows = [_summary(made, read_manifest(made)) for made in backups_in(path or default_repository(data))]
         Output.of(output).table(rows, COLUMNS)
 
-    @command(backup, "show")
-    def show(path: Backup, output: Shape = None) -> None:
+    @command(family, "show")
+    def show(backup: Newest = None, data: Data = DEFAULT_DIRECTORY, output: Shape = None) -> None:
         """What a backup holds: tables with their rows, topics with their offsets."""
         from scripts.backup.form import read_manifest
 
+        path = backup or newest(data)
         shape, manifest = Output.of(output), read_manifest(path)
         if not shape.human:
             shape.json(manifest.model_dump(mode="json"))
@@ -106,14 +123,15 @@ def register(app: typer.Typer) -> None:
         ]
         shape.table(partitions, ("partition", "finished until", "end", "messages"))
 
-    @command(backup, "verify")
-    def verify(path: Backup, output: Shape = None) -> None:
+    @command(family, "verify")
+    def verify(backup: Newest = None, data: Data = DEFAULT_DIRECTORY, output: Shape = None) -> None:
         """Read a backup through: every file is there, as long as it was, and as it was written.
 
         Exit code 1 with the name of the first file that is not.
         """
         from scripts.backup.form import check_files
 
+        path = backup or newest(data)
         Output.of(output).show(_summary(path, check_files(path)), _for_people)
 
     @command(app, "restore")
