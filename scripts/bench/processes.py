@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infra.servers import guard
+from scripts.proof.stored import stored_at
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -22,7 +22,7 @@ class Usage:
 
 def usage(runtime: dict[str, Any]) -> dict[str, Usage]:
     """What each part of the system of a `runtime.json` has used so far; Ray's own processes are summed up."""
-    actors = _actor_pids(Path(runtime["storage"].removeprefix("sqlite://")))
+    actors = _actor_pids(runtime["storage"])
     found: dict[str, Usage] = {}
     for pid in {*guard.marked(runtime["run"]), runtime["pid"]}:
         try:
@@ -48,13 +48,15 @@ def _name(command: str, *, is_supervisor: bool) -> str:
         return "supervisor"
     if "kafka.Kafka" in command:
         return "kafka"
+    if "CassandraDaemon" in command:
+        return "cassandra"
     if "scripts.worker" in command:
         return command.partition("--name ")[2].split()[0]
     return "ray itself"
 
 
-def _actor_pids(tables: Path) -> dict[int, str]:
+def _actor_pids(storage_url: str) -> dict[int, str]:
     """The newest incarnation of each actor names its process."""
-    with sqlite3.connect(f"file:{tables / 'coordinator.db'}?mode=ro", uri=True) as connection:
-        rows = connection.execute("SELECT actor, pid FROM incarnations ORDER BY started_at_ms").fetchall()
-    return {pid: actor for actor, pid in dict(rows).items()}
+    with stored_at(storage_url) as storage:
+        rows = sorted(storage.rows("coordinator.incarnations"), key=lambda row: int(row["started_at_ms"]))
+    return {pid: actor for actor, pid in {row["actor"]: row["pid"] for row in rows}.items()}

@@ -10,10 +10,10 @@ import json
 import logging
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 Row = dict[str, Any]
 
@@ -37,10 +37,14 @@ class Stored(Protocol):
 def stored(directory: Path) -> Iterator[Stored]:
     """The storage of the system in `directory`: where its last start says, else its SQLite files."""
     url = _storage_url(directory)
-    if urlsplit(url).scheme == "cassandra":
-        yield from _cassandra(url)
-    else:
-        yield from _sqlite(directory / "tables")
+    with stored_at(url) if urlsplit(url).scheme == "cassandra" else _sqlite(directory / "tables") as storage:
+        yield storage
+
+
+def stored_at(url: str) -> AbstractContextManager[Stored]:
+    """The storage at an address: `sqlite://FOLDER` or `cassandra://HOST:PORT/`."""
+    parts = urlsplit(url)
+    return _cassandra(url) if parts.scheme == "cassandra" else _sqlite(Path(unquote(parts.path)))
 
 
 def _storage_url(directory: Path) -> str:
@@ -96,6 +100,7 @@ class _SqliteFiles:
         return self._open[namespace]
 
 
+@contextmanager
 def _sqlite(folder: Path) -> Iterator[Stored]:
     files = _SqliteFiles(folder)
     try:
@@ -140,6 +145,7 @@ def _as_in_sqlite(value: Any) -> Any:
     return int(value) if isinstance(value, bool) else value
 
 
+@contextmanager
 def _cassandra(url: str) -> Iterator[Stored]:
     from cassandra import ConsistencyLevel
     from cassandra.cluster import EXEC_PROFILE_DEFAULT, Cluster, ExecutionProfile
