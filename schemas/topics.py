@@ -87,6 +87,15 @@ def dead_letters_topic(domain: str) -> str:
     return topic_name(domain, TopicRole.DEAD_LETTERS)
 
 
+CONSUMER_GROUP = "concord"
+"""The group of workers that take the commands of every domain."""
+
+
+def consumer_group(domain: str = "") -> str:
+    """The group of the workers that take the commands of `domain` alone; without one, of those that take all."""
+    return f"{CONSUMER_GROUP}.{domain}" if domain else CONSUMER_GROUP
+
+
 def topic_specs(
     domains: Iterable[str],
     *,

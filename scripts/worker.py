@@ -63,9 +63,10 @@ def write_setup(setup: WorkerSetup) -> None:
     temporary.replace(path)
 
 
-def worker_options(setup: WorkerSetup, *, name: str, health_port: int) -> WorkerOptions:
-    """The settings in the words of the stream side."""
+def worker_options(setup: WorkerSetup, *, name: str, health_port: int, domain: str = "") -> WorkerOptions:
+    """The settings in the words of the stream side, for a worker of every domain or of one."""
     from schemas.registry import DOMAINS
+    from schemas.topics import consumer_group
     from scripts.connections import kafka_connection
     from scripts.wiring import system_config
     from streams.app import WorkerOptions
@@ -75,7 +76,9 @@ def worker_options(setup: WorkerSetup, *, name: str, health_port: int) -> Worker
     return WorkerOptions(
         kafka=kafka_connection(settings, setup.bootstrap_servers),
         name=name,
-        domains=DOMAINS,
+        domains=(domain,) if domain else DOMAINS,
+        consumer_group=consumer_group(domain),
+        projected_domain=WorkerOptions.projected_domain if domain in ("", WorkerOptions.projected_domain) else "",
         placement=system_config(settings).placement,
         work_dir=settings.data_dir / "run" / "faust",
         health_port=health_port,
@@ -98,6 +101,7 @@ async def _run(
     from scripts.measuring import worker_observer
     from streams.app import StreamWorker
 
+    await refuse_double_work(options)
     runtime = connect(setup.ray_address)  # blocks for a second or two: nothing else runs yet
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray has put its own in place; Faust puts the right one later
     observer = replace(worker_observer(metrics, setup.settings, options), tracer=tracer)
@@ -108,6 +112,30 @@ async def _run(
     await worker.run()
     for task in beside:
         task.cancel()
+
+
+class DoubleWorkError(Exception):
+    """Workers of every domain and workers of one do not know of each other: both would carry out each command."""
+
+
+async def refuse_double_work(options: WorkerOptions) -> None:
+    """Raises DoubleWorkError where workers of the other kind are at work on the same commands.
+
+    It would be harmless (the second finds the first one's answer), and twice the work.
+    """
+    from infra.messaging.reader import group_members
+    from schemas.registry import DOMAINS
+    from schemas.topics import CONSUMER_GROUP, consumer_group
+
+    of_all = options.consumer_group == CONSUMER_GROUP
+    others = [consumer_group(domain) for domain in DOMAINS] if of_all else [CONSUMER_GROUP]
+    busy = [group for group, members in (await group_members(options.kafka, others)).items() if members]
+    if busy:
+        raise DoubleWorkError(
+            f"Workers of the consumer group {', '.join(busy)} take the commands that this worker, of the group "
+            f"{options.consumer_group}, would take as well. Stop them first, or start workers of their kind "
+            "(`concord worker --domain`)."
+        )
 
 
 async def _tell_port(worker: StreamWorker, on_listening: Callable[[int], None]) -> None:
@@ -137,6 +165,7 @@ def run_worker(
     health_host: str = "127.0.0.1",
     health_port: int = 0,
     keeps_place: bool = True,
+    domain: str = "",
     follow: Path | None = None,
     on_listening: Callable[[int], None] = lambda port: None,
 ) -> NoReturn:
@@ -162,7 +191,9 @@ def run_worker(
     code = 0
     try:
         options = replace(
-            worker_options(setup, name=name, health_port=health_port), health_host=health_host, keeps_place=keeps_place
+            worker_options(setup, name=name, health_port=health_port, domain=domain),
+            health_host=health_host,
+            keeps_place=keeps_place,
         )
         asyncio.run(_run(setup, connect, metrics, tracer, options, follow, on_listening))
     except Exception:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaConnectionError, KafkaError
+from aiokafka.errors import KafkaConnectionError, KafkaError, NoError, for_code
 
 from infra.messaging.connection import Kafka, KafkaConnection, start
 from infra.messaging.errors import BrokerUnavailableError, MessagingError, UnknownTopicError
@@ -122,12 +122,40 @@ async def committed_offsets(kafka: Kafka, group: str) -> dict[Position, int]:
             await asyncio.sleep(_RETRY_INTERVAL_S)
 
 
-async def lag(kafka: Kafka, group: str, topics: Sequence[str]) -> dict[Position, int]:
-    """How many offsets each partition has beyond what the group has acknowledged.
+async def group_members(kafka: Kafka, groups: Sequence[str]) -> dict[str, int]:
+    """How many consumers each group has now; 0 for one that there is not."""
+    deadline_s = time.monotonic() + _REQUEST_TIMEOUT_MS / 1000
+    async with _admin(kafka) as admin:
+        while True:
+            try:
+                answers = await admin.describe_consumer_groups(list(groups))
+                described = [one for answer in answers for one in answer.groups]
+                for code, *_ in described:  # of a coordinator that is still loading, for one
+                    if for_code(code) is not NoError:
+                        raise for_code(code)()
+                return {name: len(members) for _code, name, _state, _type, _protocol, members, *_ in described}
+            except KafkaError as error:
+                if not getattr(error, "retriable", False) or time.monotonic() > deadline_s:
+                    raise
+            await asyncio.sleep(_RETRY_INTERVAL_S)
+
+
+async def known_groups(kafka: Kafka, groups: Sequence[str]) -> list[str]:
+    """Those of `groups` that have acknowledged something, or have consumers."""
+    async with _admin(kafka) as admin:
+        known = {group for group, _protocol in await admin.list_consumer_groups()}
+    return [group for group in groups if group in known]
+
+
+async def lag(kafka: Kafka, groups: str | Sequence[str], topics: Sequence[str]) -> dict[Position, int]:
+    """How many offsets each partition has beyond what has been acknowledged: of several groups, by the foremost.
 
     A partition without an acknowledged offset, or with one that retention has passed, counts from its beginning.
     """
-    committed = await committed_offsets(kafka, group)
+    committed: dict[Position, int] = {}
+    for group in [groups] if isinstance(groups, str) else groups:
+        for position, offset in (await committed_offsets(kafka, group)).items():
+            committed[position] = max(offset, committed.get(position, 0))
     partitions = await _partitions(kafka, topics)
     async with _consumer(kafka) as consumer:
         _know(consumer, partitions)

@@ -22,7 +22,7 @@ from typing import Any
 
 from actors.audit import AUDITED, check_books
 from actors.outcomes import outcomes_of
-from infra.messaging.reader import Record, lag, read_all
+from infra.messaging.reader import Record, known_groups, lag, read_all
 from schemas.envelope import (
     DeadLetterError,
     EnvelopeError,
@@ -34,11 +34,17 @@ from schemas.envelope import (
 )
 from schemas.outcome import DEAD_LETTERED, ID_CONFLICT, Answer
 from schemas.registry import DOMAINS
-from schemas.topics import commands_topic, dead_letters_topic, events_topic, results_topic
+from schemas.topics import (
+    CONSUMER_GROUP,
+    commands_topic,
+    consumer_group,
+    dead_letters_topic,
+    events_topic,
+    results_topic,
+)
 from scripts.cli.system import System
 from scripts.reading import CommittedReader
 
-CONSUMER_GROUP = "concord"
 _LOOK_EVERY_S = 0.3
 
 CommandName = tuple[str, str, str]
@@ -113,7 +119,8 @@ async def _wait_for_rest(system: System, reader: CommittedReader, wait_s: float)
 
 
 async def _lag(system: System, topics: list[str]) -> dict[tuple[str, int], int]:
-    return await lag(system.kafka, CONSUMER_GROUP, topics)
+    groups = [CONSUMER_GROUP, *map(consumer_group, DOMAINS)]
+    return await lag(system.kafka, await known_groups(system.kafka, groups), topics)
 
 
 async def read_topics(system: System) -> Topics:

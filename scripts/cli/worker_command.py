@@ -31,6 +31,9 @@ def register(app: typer.Typer) -> None:
             str,
             typer.Option(help="Unique among the workers; one that comes back under it keeps its partitions meanwhile."),
         ] = "",
+        domain: Annotated[
+            str, typer.Option(help="Take the commands of this domain alone, in a consumer group named after it.")
+        ] = "",
         health_host: Annotated[
             str, typer.Option(help="Address of /healthz, /readyz and /metrics (default: setting http_host).")
         ] = "",
@@ -44,8 +47,11 @@ def register(app: typer.Typer) -> None:
         acknowledges what it is at and ends with 0; when it ends with anything else, start it again.
         """
         from infra.config import load_settings
+        from schemas.registry import DOMAINS
         from scripts.worker import run_worker, setup_path
 
+        if domain and domain not in DOMAINS:
+            raise CommandError(f"There is no domain {domain}. There are: {', '.join(DOMAINS)}.", ExitCode.USAGE)
         shape = Output.of(output)
         settings = load_settings(data_dir=data, profile=profile)
         system = System.find(data)
@@ -62,6 +68,7 @@ def register(app: typer.Typer) -> None:
             health_host=host,
             health_port=health_port,
             keeps_place=bool(name),
+            domain=domain,
             follow=setup_path(data) if joins else None,
             on_listening=on_listening,
         )
