@@ -22,7 +22,7 @@ That the pause held is not believed but shown. Every actor says that it was paus
 was written to (`infra.storage.sqlite_snapshot`); of other storages the state table is the same before and after, which
 also catches programs that are not ours and commit meanwhile. If not, the backup is thrown away with an error.
 
-Offsets: what the group had acknowledged during the pause is in the tables. What it had not is read again after a
+Offsets: what consumers had acknowledged during the pause is in the tables. What it had not is read again after a
 restore, and whatever of that is in the tables is answered from there (rule 1). So the backup needs no luck with the
 moment at which workers acknowledge.
 
@@ -57,7 +57,6 @@ from scripts.backup import log, tables
 from scripts.backup.form import Manifest, StoredPartition, StoredTable, write_manifest
 from scripts.backup.pausing import PauseFailedError, paused
 from scripts.backup.place import AtRest, at_rest
-from scripts.cli.check import CONSUMER_GROUP
 from scripts.cli.system import System
 from scripts.connections import open_storage
 from scripts.wiring import system_config, topics
@@ -123,7 +122,6 @@ async def create_backup(
                 buckets=settings.actors.buckets,
                 command_partitions=settings.kafka.command_partitions,
                 log_identity=await cluster_id(reached.place.kafka),
-                consumer_group=CONSUMER_GROUP,
                 was_running=reached.runtime is not None,
                 paused_ms=copied.paused_ms,
                 tables_by="command" if options.command else "rows",
@@ -200,7 +198,7 @@ async def _copy(reached: _Reached, directory: Path, options: Options, progress: 
             progress("Waiting for commands that have begun")
             await stack.enter_async_context(paused(reached.runtime, reached.actors, within_s=options.within_s))
             await _until_settled(storage, found)
-        partitions = await log.positions(kafka, names, CONSUMER_GROUP)
+        partitions = await log.positions(kafka, names)
         progress("Copying the tables")
         if options.command:
             copied = await _by_command(storage, found, options.command, directory.name)

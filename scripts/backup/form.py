@@ -107,9 +107,9 @@ class StoredTable(_Part):
 
 
 class StoredPartition(_Part):
-    """A partition of a topic during the pause: its first offset, what its group had acknowledged, its end.
+    """A partition of a topic during the pause: its first offset, what its consumers had acknowledged, its end.
 
-    `acknowledged` is the offset that is read next; None where the group had not acknowledged anything. `file` holds
+    `acknowledged` is the offset that is read next; None where nobody had acknowledged anything. `file` holds
     `messages` messages, those from `copied_from` to `end`.
     """
 
@@ -142,7 +142,6 @@ class Manifest(_Part):
     command_partitions: int
     log_identity: str
     """The id of the Kafka cluster that the offsets are of."""
-    consumer_group: str
     was_running: bool
     paused_ms: int
     """How long no command could begin."""

@@ -13,19 +13,29 @@ import base64
 import binascii
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 from infra.messaging.connection import Kafka
-from infra.messaging.reader import Position, Record, committed_offsets
-from infra.messaging.topic_copy import Republisher, bounds, read_partition
+from infra.messaging.reader import Position, Record, committed_offsets, known_groups
+from infra.messaging.topic_copy import Republisher, bounds, read_partition, set_group_offsets
 from schemas.registry import DOMAINS
-from schemas.topics import commands_topic
+from schemas.topics import CONSUMER_GROUP, commands_topic, consumer_group, events_topic
 from scripts.backup.form import DamagedBackupError, LineFile, StoredPartition, read_lines
 
 COMMAND_TOPICS = frozenset(map(commands_topic, DOMAINS))
+PROJECTED = events_topic("orders")
+
+GROUPS = {
+    CONSUMER_GROUP: COMMAND_TOPICS | {PROJECTED},
+    **{
+        consumer_group(domain): frozenset({commands_topic(domain)} | ({PROJECTED} & {events_topic(domain)}))
+        for domain in DOMAINS
+    },
+}
+"""Every consumer group that workers may be in, and the topics that it reads."""
 
 
 class LogGapError(Exception):
@@ -36,13 +46,17 @@ class ForeignLogError(Exception):
     """Kafka is neither the one that the backup is of nor an empty one."""
 
 
-async def positions(kafka: Kafka, topics: Sequence[str], group: str) -> list[StoredPartition]:
+async def positions(kafka: Kafka, topics: Sequence[str]) -> list[StoredPartition]:
     """Every partition as it is now.
 
-    What the group has acknowledged is read first: whatever it names was published, events included, before its ends
-    are read. So everything behind those ends belongs to commands that are carried out again.
+    What has been acknowledged is read first: whatever it names was published, events included, before the ends are
+    read. So everything behind those ends belongs to commands that are carried out again. Of several groups (workers of
+    every domain, and workers of one, at different times) the foremost counts: what any has acknowledged is finished.
     """
-    acknowledged = await committed_offsets(kafka, group)
+    acknowledged: dict[Position, int] = {}
+    for group in await known_groups(kafka, list(GROUPS)):
+        for position, offset in (await committed_offsets(kafka, group)).items():
+            acknowledged[position] = max(offset, acknowledged.get(position, 0))
     return [
         StoredPartition(
             topic=topic,
@@ -141,6 +155,13 @@ async def publish_again(
             offsets[position] = before if stored.topic in COMMAND_TOPICS else total
         await producer.confirmed()
     return published, offsets
+
+
+async def set_positions(kafka: Kafka, offsets: Mapping[Position, int]) -> None:
+    """Have every group that workers may be in read on from `offsets`. Raises GroupBusyError while one has members."""
+    for group, topics in GROUPS.items():
+        theirs = {position: offset for position, offset in offsets.items() if position[0] in topics}
+        await set_group_offsets(kafka, group, theirs)
 
 
 def _line(record: Record) -> bytes:

@@ -5,7 +5,7 @@
     in doubt: settled by the state table ◄──────────┘
             │ apply the transaction log, first half: what was decided when the backup was made
             ▼
-    Kafka survived: the group goes back to where the backup saw it   ─┐ second half: the commands after that are on
+    Kafka survived: consumers go back to where the backup saw them   ─┐ second half: the commands after that are on
     Kafka is new:   topics are filled from the backup                ─┘ their topics, and are done when the system runs
             ▼
     in doubt none? books add up? ─► only now may `concord up` start on the directory
@@ -34,10 +34,9 @@ from infra.consensus_commit.metadata import is_transactional, layout_of
 from infra.consensus_commit.transaction import Transaction
 from infra.messaging.connection import Kafka
 from infra.messaging.reader import Position, cluster_id
-from infra.messaging.topic_copy import bounds, set_group_offsets
+from infra.messaging.topic_copy import bounds
 from infra.messaging.topics import ensure_topics
 from infra.storage.port import Storage
-from schemas.topics import events_topic
 from scripts.backup import log, tables
 from scripts.backup.form import Manifest, StoredTable, check_files
 from scripts.backup.place import AtRest, at_rest
@@ -45,7 +44,6 @@ from scripts.preflight import UNFINISHED_RESTORE
 from scripts.reading import CommittedReader
 from scripts.wiring import create_tables, kafka_topics
 
-PROJECTED = events_topic("orders")
 MAY_BE_THERE = frozenset({"kafka", "cassandra", "concord.toml", "run"})
 """What the target's directory may hold: servers' data that survived, settings, and the lock."""
 
@@ -111,13 +109,8 @@ async def restore_backup(
             await ensure_topics(place.kafka, kafka_topics(place.settings))
             await _check_topics_empty(place.kafka, manifest)
             messages, offsets = await log.publish_again(place.kafka, manifest.partitions, directory)
-        progress("Setting the positions of the consumer group")
-        ours = {
-            position: offset
-            for position, offset in offsets.items()
-            if position[0] in log.COMMAND_TOPICS or position[0] == PROJECTED
-        }
-        await set_group_offsets(place.kafka, manifest.consumer_group, ours)
+        progress("Setting the positions of the consumer groups")
+        await log.set_positions(place.kafka, offsets)
         progress("Making the views anew")
         await rebuild_order_history(place.storage, buckets=place.settings.actors.buckets)
         await _place_projection(place, offsets)
@@ -257,7 +250,7 @@ async def _place_projection(place: AtRest, offsets: Mapping[Position, int]) -> N
 
     async def write(transaction: Transaction) -> None:
         for (topic, partition), offset in offsets.items():
-            if topic != PROJECTED:
+            if topic != log.PROJECTED:
                 continue
             position = PositionRow(
                 projection=PROJECTION, topic=topic, partition=partition, log_identity=identity, next_offset=offset

@@ -44,7 +44,6 @@ def backup(tmp_path: Path) -> Path:
         buckets=16,
         command_partitions=4,
         log_identity="log",
-        consumer_group="concord",
         was_running=True,
         paused_ms=5,
         tables_by="rows",
