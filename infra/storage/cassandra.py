@@ -55,7 +55,7 @@ from cassandra.auth import PlainTextAuthProvider
 
 from infra.storage import cassandra_schema as schema
 from infra.storage import cassandra_statements as cql
-from infra.storage.cassandra_session import CassandraSession, Rows, SessionSettings
+from infra.storage.cassandra_session import CassandraSession, Page, Rows, SessionSettings
 from infra.storage.cassandra_statements import Statement, TableStatements, simplified, wants_pin
 from infra.storage.conditions import all_hold
 from infra.storage.errors import InvalidOperationError, NoMutationError, UnavailableStorageError
@@ -280,15 +280,16 @@ class CassandraStorage:
                 before, pins = pins, await self._pins(held, to_pin)
                 if before == pins:  # It was not the rows that changed: some other condition does not hold.
                     break
-            if await self._write(held, asked, pins):
+            found = await self._write(held, asked, pins)
+            if found is None:
                 return
             if not to_pin:
-                break
+                raise _unmet(asked, held.statements.unmet(asked, found.columns, found.rows))
         raise _unmet(asked)
 
     async def _write(
         self, held: _Table, mutations: Sequence[Mutation], pins: Mapping[Key, ColumnCondition | None]
-    ) -> bool:
+    ) -> Page | None:
         what = f"a write of {len(mutations)} row{'s' * (len(mutations) > 1)} of {held.schema.full_name}"
         statements = [held.statements.write(mutation, pins.get(mutation.key)) for mutation in mutations]
         with self._looking_again(held):
@@ -520,5 +521,5 @@ class CassandraStorage:
             )
 
 
-def _unmet(mutations: Sequence[Mutation]) -> NoMutationError:
-    return NoMutationError(f"a condition of the batch did not hold in {mutations[0].table.full_name}")
+def _unmet(mutations: Sequence[Mutation], unmet: frozenset[Key] = frozenset()) -> NoMutationError:
+    return NoMutationError(f"a condition of the batch did not hold in {mutations[0].table.full_name}", unmet=unmet)

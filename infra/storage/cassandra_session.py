@@ -40,7 +40,7 @@ from cassandra.query import BatchStatement, BatchType, BoundStatement, SimpleSta
 from infra.storage.cassandra_errors import connect_error, read_error, write_error
 from infra.storage.cassandra_reactor import LoopConnection, connections_of
 from infra.storage.cassandra_statements import Statement
-from infra.storage.errors import InvalidOperationError, UnavailableStorageError
+from infra.storage.errors import InvalidOperationError, UnavailableStorageError, UnusableStorageError
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +57,11 @@ Rows = list[tuple[Any, ...]]
 
 
 class Page(NamedTuple):
-    """Rows, and where the next page begins; None after the last one."""
+    """Rows, where the next page begins (None after the last one), and the names of the columns."""
 
     rows: Rows
     next_page: bytes | None
+    columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,10 +186,10 @@ class CassandraSession:
             bound.fetch_size = page_size
         return await self._send(bound, lambda error, _sent: read_error(error, what), paging_state=page)
 
-    async def write(self, statements: Sequence[Statement], what: str) -> bool:
-        """Execute statements of one partition, all or none; False if a condition did not hold.
+    async def write(self, statements: Sequence[Statement], what: str) -> Page | None:
+        """Execute statements of one partition, all or none.
 
-        Raises what `cassandra_errors` says.
+        None, or what was found of the rows if a condition did not hold. Raises what `cassandra_errors` says.
         """
         conditional = any(statement.conditional for statement in statements)
         bound = [await self._bound(statement, what) for statement in statements]
@@ -204,7 +205,8 @@ class CassandraSession:
         answer = await self._send(
             request, lambda error, sent: write_error(error, what, conditional=conditional, sent=sent)
         )
-        return not conditional or bool(answer.rows[0][0])  # The first column is "[applied]".
+        applied = not conditional or bool(answer.rows[0][0])  # The first column is "[applied]".
+        return None if applied else answer
 
     async def administer(self, cql: str, what: str, parameters: tuple[Any, ...] = ()) -> Rows:
         """Execute a statement about tables, or read the schema, on the node that is asked for all of them."""
@@ -334,7 +336,7 @@ class CassandraSession:
         centres = {str(host.datacenter) for host in cluster.metadata.all_hosts() if host.datacenter}
         if local_dc and centres and local_dc not in centres:
             cluster.shutdown()
-            raise UnavailableStorageError(
+            raise UnusableStorageError(
                 f"{self._settings.where} has no data centre {local_dc!r}",
                 remedy=f"set local_dc to one of {', '.join(sorted(centres))}",
             )
@@ -347,7 +349,7 @@ class CassandraSession:
                     continue
                 value = await self._setting_of(host, check.setting, session)
                 if value is not None and check.refused in value:
-                    raise UnavailableStorageError(f"the node {host.endpoint} {check.wrong}", remedy=check.remedy)
+                    raise UnusableStorageError(f"the node {host.endpoint} {check.wrong}", remedy=check.remedy)
                 if value is None and check.setting not in self._warned:
                     self._warned.add(check.setting)
                     logger.warning(
@@ -436,7 +438,8 @@ class CassandraSession:
                 )
                 side.post(lambda: settle(None, disagreed))
                 return
-            page = Page(rows or [], ResultSet(response, rows or []).paging_state)
+            result = ResultSet(response, rows or [])
+            page = Page(rows or [], result.paging_state, tuple(result.column_names or ()))
             side.post(lambda: settle(page, None))
 
         def on_error(error: Exception, response: ResponseFuture) -> None:

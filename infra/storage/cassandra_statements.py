@@ -204,6 +204,30 @@ class TableStatements:
                 values = (UNSET_VALUE,)
         return Statement(cached.cql, values + key + compared, cached.conditional)
 
+    def unmet(
+        self, mutations: Sequence[Mutation], columns: Sequence[str], rows: Iterable[Sequence[Any]]
+    ) -> frozenset[Key]:
+        """The keys whose conditions did not hold, by what Cassandra found when it refused the batch of `mutations`.
+
+        It gives the rows that exist, with their keys and the columns that conditions speak of; those of a statement
+        that is no batch come without keys, and tell nothing here.
+        """
+        if len(mutations) < 2:
+            return frozenset()
+        found: dict[tuple[Value, ...], Row] = {}
+        for values in rows:
+            row: Row = dict(zip(columns, values, strict=True))
+            for column, decoded in self._decoders:
+                if row.get(column) is not None:
+                    row[column] = decoded(row[column])
+            if all(column in row for column in self.table.key_columns):
+                found[tuple(row[column] for column in self.table.key_columns)] = row
+        return frozenset(
+            mutation.key
+            for mutation in mutations
+            if _is_refuted(mutation, found.get(mutation.key.partition + mutation.key.clustering))
+        )
+
     def pin(self, row: Row) -> ColumnCondition | None:
         """A condition that `row` meets and an absent row does not; None if the row is nothing but its key."""
         filled = [column for column in self._others if row[column] is not None]
@@ -303,6 +327,18 @@ def simplified(mutation: Mutation) -> Mutation | None:
         else:
             asked.append(condition)
     return replace(mutation, condition=If(tuple(asked)) if asked else IfExists())
+
+
+def _is_refuted(mutation: Mutation, row: Row | None) -> bool:
+    """Whether the condition of `mutation` surely does not hold for `row`, of which some columns may be missing."""
+    match mutation.condition:
+        case IfNotExists():
+            return row is not None
+        case IfExists():
+            return row is None
+        case If(conditions):
+            return row is None or any(not holds(each, row) for each in conditions if each.column in row)
+    return False
 
 
 def wants_pin(mutation: Mutation) -> bool:

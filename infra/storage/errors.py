@@ -10,6 +10,13 @@ The classes mirror ScalarDB's NoMutationException and RetriableExecutionExceptio
 class of its own because ScalarDB's plain ExecutionException leaves the caller to guess.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from infra.storage.operations import Key
+
 
 class StorageError(Exception):
     """Base of everything that a storage adapter raises."""
@@ -20,7 +27,15 @@ class InvalidOperationError(StorageError):
 
 
 class NoMutationError(StorageError):
-    """A condition of a mutation did not hold; no mutation of its batch was applied."""
+    """A condition of a mutation did not hold; no mutation of its batch was applied.
+
+    `unmet`: the keys of mutations whose conditions were seen not to hold, where the storage says so. Others of the
+    batch may have failed as well; empty means that nothing is known.
+    """
+
+    def __init__(self, message: str, *, unmet: frozenset[Key] = frozenset()) -> None:
+        super().__init__(message)
+        self.unmet = unmet
 
 
 class UnavailableStorageError(StorageError):
@@ -29,6 +44,11 @@ class UnavailableStorageError(StorageError):
     def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__(message)
         self.remedy = remedy
+
+
+class UnusableStorageError(UnavailableStorageError):
+    """As it and the settings are, the storage cannot be used: credentials, trust, a server's settings. Waiting does not
+    help."""
 
 
 class UnknownOutcomeError(StorageError):

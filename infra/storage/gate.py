@@ -6,7 +6,8 @@ for their unit in the order they came, and when it is free the first one leads: 
 touch other records, as one batch.
 
     applied         all of them are
-    refused         each is tried by itself, in order: the one that is to blame is refused, the others are not
+    refused         those that the storage names as to blame are refused, and the others go together again; where it
+                    names none, each is tried by itself, in order
     unknown         unknown to all, unavailable likewise
     leader killed   unknown to those it had taken along; the next in the queue leads
 
@@ -144,7 +145,9 @@ class PartitionGate:
             return await self._storage.mutate(mutations)
         try:
             await self._storage.mutate([*mutations, *(each for other in others for each in other.mutations)])
-        except (NoMutationError, InvalidOperationError):
+        except NoMutationError as error:
+            await self._without_the_blamed(mutations, others, error)
+        except InvalidOperationError:
             await self._each_alone(mutations, others)
         except StorageError as error:
             for other in others:
@@ -157,6 +160,37 @@ class PartitionGate:
         else:
             for other in others:
                 _answer(other, None)
+
+    async def _without_the_blamed(
+        self, mutations: Sequence[Mutation], others: Sequence[_Waiting], error: NoMutationError
+    ) -> None:
+        blameless = []
+        for other in others:
+            if _has_unmet(other.mutations, error):
+                _answer(other, copy(error))
+            else:
+                blameless.append(other)
+        if _has_unmet(mutations, error):
+            # Its own refusal waits for the others, whose unit stays taken meanwhile.
+            if blameless:
+                await self._lead_for(blameless)
+            raise error
+        if len(blameless) == len(others):
+            return await self._each_alone(mutations, others)
+        await self._lead(mutations, blameless)
+
+    async def _lead_for(self, others: Sequence[_Waiting]) -> None:
+        """Lead in the place of one of `others`, whose errors are its own."""
+        first, *rest = others
+        try:
+            await self._lead(first.mutations, rest)
+        except StorageError as error:
+            _answer(first, error)
+        except BaseException:
+            _answer(first, UnknownOutcomeError("the batch was not waited for"))
+            raise
+        else:
+            _answer(first, None)
 
     async def _each_alone(self, mutations: Sequence[Mutation], others: Sequence[_Waiting]) -> None:
         refusal: StorageError | None = None
@@ -200,6 +234,10 @@ def _is_conditional(mutations: Sequence[Mutation]) -> bool | None:
     """Whether every mutation has a condition (True) or none has (False); None for a mixture."""
     kinds = {mutation.condition is not None for mutation in mutations}
     return kinds.pop() if len(kinds) == 1 else None
+
+
+def _has_unmet(mutations: Sequence[Mutation], error: NoMutationError) -> bool:
+    return any(mutation.key in error.unmet for mutation in mutations)
 
 
 def _answer(waiting: _Waiting, error: StorageError | None) -> None:

@@ -147,10 +147,19 @@ class MemoryStorage:
         for mutation in mutations:
             self._table(mutation.table).rules.check_mutation(mutation)
         check_one_unit(mutations, self.info)
-        for mutation in mutations:
-            row = self._table(mutation.table).row(mutation.key)
-            if not _allows(mutation.condition, row):
-                raise NoMutationError(f"a condition of the batch did not hold in {mutation.table.full_name}")
+        unmet = [
+            mutation
+            for mutation in mutations
+            if not _allows(mutation.condition, self._table(mutation.table).row(mutation.key))
+        ]
+        if unmet:
+            raise NoMutationError(
+                f"a condition of the batch did not hold in {unmet[0].table.full_name}",
+                # Only within one partition is a key the name of a record; else it says nothing, as others do.
+                unmet=frozenset(mutation.key for mutation in unmet)
+                if self.info.atomicity is Atomicity.PARTITION
+                else frozenset(),
+            )
         for mutation in mutations:
             self._apply(mutation)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -25,8 +26,22 @@ from storage_contract import (
 
 from infra.storage.cassandra import CassandraStorage
 from infra.storage.cassandra_statements import Statement, _encoded_all
-from infra.storage.errors import InvalidOperationError
-from infra.storage.operations import IfNotExists, IndexScan, Key, Mutation, Put, Value
+from infra.storage.errors import InvalidOperationError, NoMutationError
+from infra.storage.operations import (
+    ColumnCondition,
+    DataType,
+    Delete,
+    If,
+    IfExists,
+    IfNotExists,
+    IndexScan,
+    Key,
+    Mutation,
+    Operator,
+    Put,
+    TableSchema,
+    Value,
+)
 from infra.storage.port import AdministrableStorage, Storage
 
 if TYPE_CHECKING:
@@ -120,3 +135,31 @@ class TestCassandraStorageIsAdministrable(AdministrationContract):
 
         assert indexed in await storage.tables()
         assert len(await rows_of(storage, IndexScan(indexed, "value", 1))) == 1
+
+
+async def test_a_refused_batch_names_the_rows_whose_conditions_did_not_hold(cassandra_storage: CassandraStorage):
+    table = TableSchema("blame", "rows", {"p": DataType.INT, "c": DataType.DATE, "v": DataType.INT}, ("p",), ("c",))
+    await cassandra_storage.create_table(table)
+    days = [datetime.date(2026, 11, number) for number in range(1, 6)]
+    keys = [Key((1,), (day,)) for day in days]
+    await cassandra_storage.mutate([Put(table, each, {"v": 1}) for each in keys[:3]])
+
+    def is_now(value: int) -> If:
+        return If((ColumnCondition("v", Operator.EQ, value),))
+
+    async def blamed(*mutations: Mutation) -> frozenset[Key]:
+        with pytest.raises(NoMutationError) as refusal:
+            await cassandra_storage.mutate(mutations)
+        return refusal.value.unmet
+
+    holds, wrong = Put(table, keys[0], {"v": 2}, is_now(1)), Put(table, keys[1], {"v": 2}, is_now(7))
+    taken, free = Put(table, keys[2], {"v": 2}, IfNotExists()), Put(table, keys[3], {"v": 2}, IfNotExists())
+    absent, gone = Put(table, keys[4], {"v": 2}, is_now(1)), Delete(table, keys[3], IfExists())
+    assert await blamed(holds, wrong) == {keys[1]}
+    assert await blamed(holds, wrong, absent) == {keys[1], keys[4]}
+    assert await blamed(holds, taken, free) == {keys[2]}
+    assert await blamed(holds, gone) == {keys[3]}
+    assert await blamed(absent, gone) == {keys[3], keys[4]}  # None of the rows exists.
+    assert await blamed(wrong) == frozenset()  # A statement that is no batch says nothing of keys.
+    await cassandra_storage.drop_table(table)
+    await cassandra_storage.drop_namespace("blame")

@@ -50,6 +50,8 @@ class ContendingStorage(MemoryStorage):
         self.on_batch: Callable[[Sequence[Mutation]], object] = lambda mutations: None
         self.fail_batches_of: tuple[int, StorageError] | None = None  # so many rows, and what is raised for them
         self.failing: Callable[[], bool] = lambda: False
+        self.names_the_blamed = True  # as Cassandra does
+        self.batches = 0
 
     @property
     def info(self) -> StorageInfo:
@@ -61,6 +63,7 @@ class ContendingStorage(MemoryStorage):
         self.most_in_one_unit = max(self.most_in_one_unit, self.inside.count(unit))
         self.most_at_all = max(self.most_at_all, len(self.inside))
         self.order += [mutation.key for mutation in mutations]
+        self.batches += 1
         self.on_batch(mutations)
         try:
             await asyncio.sleep(0)
@@ -69,7 +72,10 @@ class ContendingStorage(MemoryStorage):
                 raise self.fail_batches_of[1]
             if self.failing():
                 raise UnavailableStorageError("not applied")
-            await super().mutate(mutations)
+            try:
+                await super().mutate(mutations)
+            except NoMutationError as refusal:
+                raise refusal if self.names_the_blamed else NoMutationError(str(refusal)) from None
             if self.failing():
                 raise UnknownOutcomeError("applied, but not answered")
         finally:
@@ -276,13 +282,19 @@ async def test_only_batches_of_one_kind_on_different_records_go_together(contend
     assert [row["small"] for row in rows] == [1, 3, 4, 3]
 
 
-async def test_of_batches_that_went_together_only_the_one_to_blame_is_refused(contending: ContendingStorage):
+@pytest.mark.parametrize(("named", "batches"), [(True, 3), (False, 5)])
+async def test_of_batches_that_went_together_only_the_one_to_blame_is_refused(
+    contending: ContendingStorage, named: bool, batches: int
+):
+    """Three where the storage names it: the first, the others together, and the others without it."""
+    contending.names_the_blamed = named
     gate = PartitionGate(contending)
     await gate.mutate([each for n in range(4) for each in put(n)])
 
     def conditional(number: int, small: int) -> list[Mutation]:
         return [Put(THINGS, key(number=number), {"small": 100}, is_small(small))]
 
+    contending.batches = 0
     answers = await asyncio.gather(
         gate.mutate(conditional(0, 0)),
         gate.mutate(conditional(1, 1)),
@@ -294,6 +306,25 @@ async def test_of_batches_that_went_together_only_the_one_to_blame_is_refused(co
     assert [type(answer) for answer in answers] == [type(None), type(None), NoMutationError, type(None)]
     rows = await contending.scan(Scan(THINGS, (0,)))
     assert [row["small"] for row in rows] == [100, 100, 2, 100]
+    assert contending.batches == batches
+
+
+async def test_a_leader_to_blame_lets_its_company_go_on_before_it_is_refused(contending: ContendingStorage):
+    gate = PartitionGate(contending)
+    await gate.mutate([each for n in range(4) for each in put(n)])
+    contending.batches = 0
+
+    answers = await asyncio.gather(
+        gate.mutate(put(0)),
+        gate.mutate([Put(THINGS, key(number=1), {"small": 100}, is_small(99))]),
+        gate.mutate([Put(THINGS, key(number=2), {"small": 100}, is_small(2))]),
+        gate.mutate([Put(THINGS, key(number=3), {"small": 100}, is_small(3))]),
+        return_exceptions=True,
+    )
+
+    assert [type(answer) for answer in answers] == [type(None), NoMutationError, type(None), type(None)]
+    assert contending.batches == 3
+    assert not gate._queues
 
 
 @pytest.mark.parametrize("error", [UnknownOutcomeError("not answered"), UnavailableStorageError("down", remedy="wait")])
@@ -344,10 +375,11 @@ async def test_whoever_is_cancelled_when_told_to_lead_passes_the_lead_on(contend
     assert not gate._queues
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(30))
 async def test_whatever_meets_at_the_gate_everyone_gets_the_answer_that_is_true(seed: int):
     chance = random.Random(seed)
     storage = ContendingStorage()
+    storage.names_the_blamed = bool(seed % 3)
     await storage.create_table(COUNTERS)
     await storage.create_table(THINGS)
     gate = PartitionGate(storage, rows_together=chance.choice([1, 3, 50]))
