@@ -12,9 +12,9 @@ from contextlib import suppress
 from typing import Protocol
 
 from infra.config import Settings, without_secrets
-from infra.messaging.errors import BrokerUnavailableError
+from infra.messaging.errors import BrokerUnavailableError, NotAuthenticatedError, UntrustedBrokerError
 from infra.messaging.reader import cluster_id
-from infra.storage.errors import UnavailableStorageError
+from infra.storage.errors import UnavailableStorageError, UnusableStorageError
 from infra.storage.port import Storage
 from scripts.connections import kafka_connection, open_storage
 
@@ -26,6 +26,9 @@ ANSWER_WITHIN_S = 20.0
 """Longer than a client's own patience, whose error says more."""
 
 UNREACHABLE = (BrokerUnavailableError, UnavailableStorageError, TimeoutError)
+
+HOPELESS = (NotAuthenticatedError, UntrustedBrokerError, UnusableStorageError)
+"""Those of them that no waiting changes."""
 
 
 class SilentServerError(Exception):
@@ -99,6 +102,8 @@ async def wait_until_reachable(servers: Sequence[Outside], progress: Callable[[s
             try:
                 async with asyncio.timeout(ANSWER_WITHIN_S):
                     return await server.ask()
+            except HOPELESS:
+                raise
             except UNREACHABLE as error:
                 said = str(error) or "no answer"
                 if time.monotonic() > until_s:

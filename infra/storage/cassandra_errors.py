@@ -38,7 +38,13 @@ from cassandra.protocol import (
     SyntaxException,
 )
 
-from infra.storage.errors import InvalidOperationError, StorageError, UnavailableStorageError, UnknownOutcomeError
+from infra.storage.errors import (
+    InvalidOperationError,
+    StorageError,
+    UnavailableStorageError,
+    UnknownOutcomeError,
+    UnusableStorageError,
+)
 
 CAS_WRITE_UNKNOWN = 0x1700
 
@@ -59,13 +65,13 @@ def connect_error(error: Exception, what: str) -> StorageError:
         list(error.errors.values()) if isinstance(error, NoHostAvailable) and isinstance(error.errors, dict) else []
     )
     if any(isinstance(cause, _AuthenticationFailed) for cause in (error, *causes)):
-        return UnavailableStorageError(
+        return UnusableStorageError(
             f"{what} refuses the user name or the password", remedy="correct username and password in the settings"
         )
     cause = next((cause for cause in causes if isinstance(cause, ssl.SSLError)), causes[0] if causes else error)
     if isinstance(cause, ssl.SSLError):
         said = cause.verify_message if isinstance(cause, ssl.SSLCertVerificationError) else cause.reason
-        return UnavailableStorageError(f"{what} cannot be trusted: {said}", remedy=_REMEDY_UNTRUSTED)
+        return UnusableStorageError(f"{what} cannot be trusted: {said}", remedy=_REMEDY_UNTRUSTED)
     return UnavailableStorageError(f"{what} cannot be reached: {_said(cause)}", remedy=_REMEDY_UNREACHABLE)
 
 
