@@ -308,8 +308,8 @@ class SecureCassandra(LocalCassandra):
         """The way in that is right, but for `others`."""
         certificate, key_file = self._client
         right: dict[str, Any] = {
-            "username": "cassandra",
-            "password": lambda: "cassandra",
+            "username": USER,
+            "password": lambda: PASSWORD,
             "encrypted": True,
             "ca_file": self.authority.ca_file,
             "certificate_file": certificate,
@@ -331,15 +331,16 @@ class SecureCassandra(LocalCassandra):
         return await asyncio.to_thread(self._lets_us_in)
 
     def _lets_us_in(self) -> bool:
-        options = self.access().options()
-        provider = PlainTextAuthProvider(options["username"], options["password"])
-        cluster = Cluster(
-            [self.contact_point], port=self.port, auth_provider=provider, ssl_context=options["ssl_context"]
-        )
+        """As the user that a new cluster has; makes ours."""
+        provider = PlainTextAuthProvider("cassandra", "cassandra")
+        context = self.access().options()["ssl_context"]
+        cluster = Cluster([self.contact_point], port=self.port, auth_provider=provider, ssl_context=context)
         try:
-            return bool(
-                cluster.connect().execute("SELECT cluster_name FROM system.local").one()[0] == self.cluster_name
+            session = cluster.connect()
+            session.execute(
+                f"CREATE ROLE IF NOT EXISTS {USER} WITH PASSWORD = '{PASSWORD}' AND LOGIN = true AND SUPERUSER = true"
             )
+            return bool(session.execute("SELECT cluster_name FROM system.local").one()[0] == self.cluster_name)
         except Exception:  # whatever it is, it does not serve us yet
             return False
         finally:

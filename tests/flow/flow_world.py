@@ -283,7 +283,7 @@ def worker_options(
     bootstrap_servers: str, domain: str, group: str, name: str, directory: Path, settings: dict[str, Any]
 ) -> WorkerOptions:
     """`settings` are fields of WorkerOptions; limits and patience are mappings."""
-    made = {"projected_domain": "", **settings}
+    made = {"projected_domain": "", "consumer_group": group, **settings}
     made["limits"] = Limits(**made.get("limits", {}))
     made["patience"] = Patience(**made.get("patience", {}))
     return WorkerOptions(
@@ -292,7 +292,6 @@ def worker_options(
         domains=(domain,),
         placement=placement_of(domain),
         work_dir=directory,
-        consumer_group=group,
         **made,
     )
 
