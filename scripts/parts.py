@@ -98,6 +98,7 @@ async def _declare_topics(settings: Settings) -> None:
 
 
 def _start_ray(settings: Settings) -> Cluster:
+    os.environ.update(ray_environment(settings))  # Ray looks once, when it is imported
     from actors.ray_runtime import start_cluster
 
     # Ray's logger has handlers of its own from its import on: let it speak through ours, and of trouble only.
@@ -105,7 +106,6 @@ def _start_ray(settings: Settings) -> Cluster:
     logger.handlers.clear()
     logger.propagate = True
     logger.setLevel(logging.ERROR)
-    os.environ.update(ray_environment(settings))
     process = ActorProcess(
         log_level=settings.log_level, metrics_dir=str(settings.data_dir / "metrics"), tracing=settings.tracing
     )
