@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal
 from xml.sax.saxutils import escape
 
 from infra.servers.artifacts import Progress
-from infra.servers.errors import ServerDiedError
+from infra.servers.errors import DirectoryError, ServerDiedError
 from infra.servers.local_node import LOOPBACK, Cause, LocalNode
 
 CommitLogSync = Literal["batch", "group", "periodic"]
@@ -46,6 +46,11 @@ SETTINGS: Mapping[str, Any] = {
     "storage_compatibility_mode": "NONE",
     # Two round trips for a conditional statement instead of four. ScalarDB recommends it as well.
     "paxos_variant": "v2",
+    # A disk that fails ends the process, and whoever watches over it starts it anew from what can be read. Unset, these
+    # are `ignore` and `stop`: a table that cannot be flushed is not mentioned again, and a server that cannot log lives
+    # on and answers nobody.
+    "disk_failure_policy": "die",
+    "commit_failure_policy": "die",
     # One laptop: little memory, few threads.
     "memtable_heap_space": "256MiB",
     "memtable_offheap_space": "128MiB",
@@ -171,6 +176,14 @@ class LocalCassandra(LocalNode):
             "Cassandra refuses its settings: {0}.",
             "Correct `{setting}`; values are those of Cassandra 5.0's cassandra.yaml.",
             "settings",
+        ),
+        Cause(
+            # The commit log is a sparse file in memory: there is no page for what is written to it on a full disk.
+            re.compile("a fault occurred in an? (?:recent )?unsafe memory access operation"),
+            DirectoryError,
+            "Cassandra could not write its commit log: the disk is full.",
+            "Make room, or choose another directory with {setting}.",
+            "directory",
         ),
     )
 

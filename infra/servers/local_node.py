@@ -94,7 +94,9 @@ _COMMON_CAUSES: Sequence[Cause] = (
     ),
     Cause(
         re.compile(
-            "Could not reserve enough space|OutOfMemoryError|insufficient memory|Too small (?:initial|maximum) heap"
+            # Not the option ExitOnOutOfMemoryError, which servers print among others when they start.
+            r"Could not reserve enough space|(?<!On)OutOfMemoryError|insufficient memory"
+            r"|Too small (?:initial|maximum) heap"
         ),
         ServerDiedError,
         "{server} ran out of memory.",
