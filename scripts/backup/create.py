@@ -58,7 +58,7 @@ from scripts.backup.form import Manifest, StoredPartition, StoredTable, write_ma
 from scripts.backup.pausing import PauseFailedError, paused
 from scripts.backup.place import AtRest, at_rest
 from scripts.cli.system import System
-from scripts.connections import open_storage
+from scripts.connections import open_storage, ray_environment
 from scripts.wiring import system_config, topics
 
 DERIVED = frozenset({ORDER_HISTORY.namespace})
@@ -175,6 +175,7 @@ async def _reach(system: System, settings: Settings, progress: Progress) -> Asyn
 
 def _connect(settings: Settings) -> Runtime:
     """Join the system's Ray; blocks for a second or two, in which nothing else runs yet."""
+    os.environ.update(ray_environment(settings))  # Ray looks once, when it is imported
     from actors.ray_runtime import connect
     from scripts.worker import WorkerSetup, setup_path
 
