@@ -32,7 +32,6 @@ Views are not copied: they are made anew from the tables.
 from __future__ import annotations
 
 import asyncio
-import datetime
 import os
 import shutil
 import time
@@ -54,7 +53,7 @@ from infra.storage.port import Storage
 from infra.storage.sqlite import SqliteStorage
 from infra.storage.sqlite_snapshot import copy_files
 from scripts.backup import log, tables
-from scripts.backup.form import Manifest, StoredPartition, StoredTable, write_manifest
+from scripts.backup.form import Manifest, StoredPartition, StoredTable, new_directory, write_manifest
 from scripts.backup.pausing import PauseFailedError, paused
 from scripts.backup.place import AtRest, at_rest
 from scripts.cli.system import System
@@ -105,7 +104,10 @@ async def create_backup(
     Raises BackupFailedError, PauseFailedError, storage, messaging and server errors, OSError.
     """
     settings = system.settings
-    directory = await asyncio.to_thread(_new_directory, into)
+    try:
+        directory = await asyncio.to_thread(new_directory, into)
+    except FileExistsError as error:
+        raise BackupFailedError(f"{error.filename} was begun in this very second: make one backup at a time.") from None
     try:
         async with _reach(system, settings, progress) as reached:
             copied = await _copy(reached, directory, options, progress)
@@ -133,16 +135,6 @@ async def create_backup(
         await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
         raise
     return directory, manifest
-
-
-def _new_directory(into: Path) -> Path:
-    into.mkdir(mode=0o700, parents=True, exist_ok=True)
-    directory = into.absolute() / datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
-    try:
-        directory.mkdir(mode=0o700)
-    except FileExistsError:
-        raise BackupFailedError(f"{directory} was begun in this very second. Make one backup at a time.") from None
-    return directory
 
 
 # --- reaching the system ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
         manifest.json                      what there is: written last, so a directory without it is no backup
         tables/payment.wallets.ndjson.gz   one row a line: the values in the order of the columns' names
         topics/payment.commands-0.ndjson.gz   one message a line
+        log/2026-11-21T18-00-00Z/          what was accepted since, if asked for: see `increments.py`
 
 Rows are written as the storage port has them, transaction columns included, and as text that does not depend on the
 storage they came from: a backup of one storage can be restored into another. A table's digest is the sum of the SHA-256
@@ -27,7 +28,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -35,6 +36,7 @@ from infra.storage.operations import DataType, Row, TableSchema, Value
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+LOG = "log"
 NAME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}Z")
 """How a backup is called: when it was begun, in UTC."""
 
@@ -49,6 +51,9 @@ class DamagedBackupError(Exception):
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class StoredFile(_Part):
@@ -153,6 +158,21 @@ class Manifest(_Part):
     def files(self) -> Iterator[StoredFile]:
         files = [table.file for table in self.tables] + [partition.file for partition in self.partitions]
         yield from (file for file in files if file is not None)
+
+
+class Increment(_Part):
+    """Commands that were accepted after a backup, or after the increment before this one."""
+
+    format: int = FORMAT
+    name: str
+    of: str
+    """The name of the backup."""
+    made_by: str
+    log_identity: str
+    partitions: tuple[StoredPartition, ...]
+
+    def files(self) -> Iterator[StoredFile]:
+        yield from (partition.file for partition in self.partitions if partition.file is not None)
 
 
 # --- lines ---------------------------------------------------------------------------------------------------------
@@ -312,7 +332,7 @@ def read_lines(directory: Path, file: StoredFile, *, batch: int = 1_000) -> Iter
         raise DamagedBackupError(f"{path} cannot be unpacked: {error}. {_REMEDY}") from error
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
+def write_manifest(directory: Path, manifest: Manifest | Increment) -> None:
     """Make the directory a backup: whole or not at all, and durable when this returns."""
     content = manifest.model_dump(mode="json")
     text = json.dumps({**content, "sha256": _digest(content)}, indent=1, ensure_ascii=True) + "\n"
@@ -331,6 +351,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 def read_manifest(directory: Path) -> Manifest:
     """What a backup says of itself. Raises DamagedBackupError, also for a directory that is none."""
+    return _read(directory, Manifest)
+
+
+def _read(directory: Path, kind: type[M]) -> M:
     path = directory / MANIFEST
     try:
         content = json.loads(path.read_bytes())
@@ -351,7 +375,7 @@ def read_manifest(directory: Path) -> Manifest:
         )
     content.pop("sha256")
     try:
-        return Manifest.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         raise DamagedBackupError(f"{path} does not say what this program expects: {error}. {_REMEDY}") from error
 
@@ -360,12 +384,43 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def increments_of(directory: Path, manifest: Manifest) -> list[tuple[Path, Increment]]:
+    """The increments of a backup with their directories, oldest first.
+
+    Raises DamagedBackupError for one that is of another backup or does not begin where the one before it ended.
+    """
+    ends = {(stored.topic, stored.partition): stored.end for stored in manifest.partitions}
+    found = []
+    for path in backups_in(directory / LOG):
+        increment = _read(path, Increment)
+        begins = {(stored.topic, stored.partition): stored.copied_from for stored in increment.partitions}
+        if increment.of != manifest.name or any(ends.get(position) != start for position, start in begins.items()):
+            raise DamagedBackupError(f"{path} does not follow what is there before it: an increment is missing.")
+        ends |= {(stored.topic, stored.partition): stored.end for stored in increment.partitions}
+        found.append((path, increment))
+    return found
+
+
 def check_files(directory: Path) -> Manifest:
-    """Read a backup through; its manifest. Raises DamagedBackupError naming the first file that is not as written."""
+    """Read a backup through, increments included; its manifest.
+
+    Raises DamagedBackupError naming the first file that is not as it was written.
+    """
     manifest = read_manifest(directory)
     for file in manifest.files():
         check_file(directory, file)
+    for path, increment in increments_of(directory, manifest):
+        for file in increment.files():
+            check_file(path, file)
     return manifest
+
+
+def new_directory(into: Path) -> Path:
+    """A new directory inside `into`, called by the time. Raises FileExistsError for the second within a second."""
+    into.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory = into.absolute() / datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
+    directory.mkdir(mode=0o700)
+    return directory
 
 
 def backups_in(directory: Path) -> list[Path]:

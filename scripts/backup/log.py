@@ -13,7 +13,7 @@ import base64
 import binascii
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from infra.messaging.reader import Position, Record, committed_offsets, known_gr
 from infra.messaging.topic_copy import Republisher, bounds, read_partition, set_group_offsets
 from schemas.registry import DOMAINS
 from schemas.topics import CONSUMER_GROUP, commands_topic, consumer_group, events_topic
-from scripts.backup.form import DamagedBackupError, LineFile, StoredPartition, read_lines
+from scripts.backup.form import DamagedBackupError, Increment, LineFile, StoredPartition, read_lines
 
 COMMAND_TOPICS = frozenset(map(commands_topic, DOMAINS))
 PROJECTED = events_topic("orders")
@@ -78,6 +78,12 @@ async def copy_out(kafka: Kafka, stored: StoredPartition, directory: Path, *, ev
     first = stored.start
     if not everything:
         first = stored.resumes_at if stored.topic in COMMAND_TOPICS else stored.end
+    return await copy_from(kafka, stored, first, directory)
+
+
+async def copy_from(kafka: Kafka, stored: StoredPartition, first: int, directory: Path) -> StoredPartition:
+    """Write the messages of a partition from offset `first` up to its end into a file in `directory`."""
+    stored = stored.model_copy(update={"copied_from": min(first, stored.end)})
     if first >= stored.end:
         return stored
     file = LineFile(directory, f"topics/{stored.topic}-{stored.partition}.ndjson.gz")
@@ -91,7 +97,7 @@ async def copy_out(kafka: Kafka, stored: StoredPartition, directory: Path, *, ev
     except BaseException:
         file.abandon()
         raise
-    return stored.model_copy(update={"copied_from": first, "messages": messages, "file": done})
+    return stored.model_copy(update={"messages": messages, "file": done})
 
 
 def resume_on_survivor(
@@ -128,9 +134,14 @@ def resume_on_survivor(
 
 
 async def publish_again(
-    kafka: Kafka, partitions: Sequence[StoredPartition], directory: Path
+    kafka: Kafka,
+    partitions: Sequence[StoredPartition],
+    directory: Path,
+    increments: Sequence[tuple[Path, Increment]] = (),
 ) -> tuple[int, dict[Position, int]]:
-    """Fill empty topics with the backup's messages: how many, and from which offset each partition is read on.
+    """Fill empty topics with the messages of a backup and its increments.
+
+    How many there were, and from which offset each partition is read on.
 
     Unfinished commands count as sent now: their topic's retention must not take what nobody has carried out.
     """
@@ -140,11 +151,9 @@ async def publish_again(
     async with Republisher(kafka) as producer:
         for stored in partitions:
             position = (stored.topic, stored.partition)
-            before = 0
-            total = 0
-            batches = iter(()) if stored.file is None else read_lines(directory, stored.file)
-            while (lines := await asyncio.to_thread(next, batches, None)) is not None:
-                records = [_record(stored, line, directory) for line in lines]
+            before = total = 0
+            batches = _stored_records(position, [(directory, partitions), *((p, i.partitions) for p, i in increments)])
+            while (records := await asyncio.to_thread(next, batches, None)) is not None:
                 finished = [record for record in records if record.offset < stored.resumes_at]
                 waiting = records[len(finished) :]
                 await producer.publish(finished)
@@ -155,6 +164,17 @@ async def publish_again(
             offsets[position] = before if stored.topic in COMMAND_TOPICS else total
         await producer.confirmed()
     return published, offsets
+
+
+def _stored_records(
+    position: Position, places: Sequence[tuple[Path, Sequence[StoredPartition]]]
+) -> Iterator[list[Record]]:
+    """The messages of one partition from a backup and its increments, in the order of the log."""
+    for directory, partitions in places:
+        for stored in partitions:
+            if (stored.topic, stored.partition) == position and stored.file is not None:
+                for lines in read_lines(directory, stored.file):
+                    yield [_record(stored, line, directory) for line in lines]
 
 
 async def set_positions(kafka: Kafka, offsets: Mapping[Position, int]) -> None:

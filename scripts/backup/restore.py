@@ -6,7 +6,7 @@
             │ apply the transaction log, first half: what was decided when the backup was made
             ▼
     Kafka survived: consumers go back to where the backup saw them   ─┐ second half: the commands after that are on
-    Kafka is new:   topics are filled from the backup                ─┘ their topics, and are done when the system runs
+    Kafka is new:   topics are filled from backup and increments     ─┘ their topics, and are done when the system runs
             ▼
     in doubt none? books add up? ─► only now may `concord up` start on the directory
 
@@ -38,7 +38,7 @@ from infra.messaging.topic_copy import bounds
 from infra.messaging.topics import ensure_topics
 from infra.storage.port import Storage
 from scripts.backup import log, tables
-from scripts.backup.form import Manifest, StoredTable, check_files
+from scripts.backup.form import Manifest, StoredTable, check_files, increments_of
 from scripts.backup.place import AtRest, at_rest
 from scripts.preflight import UNFINISHED_RESTORE
 from scripts.reading import CommittedReader
@@ -108,7 +108,9 @@ async def restore_backup(
             progress("Filling the topics")
             await ensure_topics(place.kafka, kafka_topics(place.settings))
             await _check_topics_empty(place.kafka, manifest)
-            messages, offsets = await log.publish_again(place.kafka, manifest.partitions, directory)
+            messages, offsets = await log.publish_again(
+                place.kafka, manifest.partitions, directory, increments_of(directory, manifest)
+            )
         progress("Setting the positions of the consumer groups")
         await log.set_positions(place.kafka, offsets)
         progress("Making the views anew")

@@ -92,6 +92,24 @@ def register(app: typer.Typer) -> None:
             )
         shape.show(_summary(made, manifest), _for_people)
 
+    @command(family, "increment")
+    def increment(backup: Newest = None, data: Data = DEFAULT_DIRECTORY, output: Shape = None) -> None:
+        """Add to a backup the commands that were accepted since: for the day on which Kafka is lost as well.
+
+        Needs no pause; made hourly, say, no more than an hour of commands can be lost.
+        """
+        import asyncio
+
+        from scripts.backup.increments import add_increment
+
+        path = backup or newest(data)
+        made, added = asyncio.run(add_increment(System.find(data), path))
+        messages = sum(stored.messages for stored in added.partitions)
+        Output.of(output).show(
+            {"increment": str(made), "of": str(path), "messages": messages},
+            lambda line: f"{line['increment']}: {line['messages']} commands since the one before",
+        )
+
     @command(family, "list")
     def list_(path: Repository = None, data: Data = DEFAULT_DIRECTORY, output: Shape = None) -> None:
         """The finished backups in a directory, oldest first."""

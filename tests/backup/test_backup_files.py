@@ -12,12 +12,14 @@ from infra.storage.operations import DataType, TableSchema
 from scripts.backup.form import (
     MANIFEST,
     DamagedBackupError,
+    Increment,
     LineFile,
     Manifest,
     StoredPartition,
     StoredTable,
     backups_in,
     check_files,
+    increments_of,
     read_lines,
     read_manifest,
     write_manifest,
@@ -112,6 +114,37 @@ def test_a_manifest_of_another_format_names_the_version_that_made_it(backup: Pat
 
     with pytest.raises(DamagedBackupError, match=r"format 2.*9\.9"):
         read_manifest(backup)
+
+
+def add_increment(backup: Path, name: str, *, begin: int, end: int) -> Path:
+    directory = backup / "log" / name
+    file = LineFile(directory, "topics/orders.commands-0.ndjson.gz")
+    file.write([b"{}"])
+    added = stored(start=0, acknowledged=None, end=end).model_copy(
+        update={"copied_from": begin, "messages": end - begin, "file": file.finish()}
+    )
+    write_manifest(
+        directory, Increment(name=name, of=backup.name, made_by="0", log_identity="log", partitions=(added,))
+    )
+    return directory
+
+
+def test_increments_follow_each_other_and_are_read_through_with_their_backup(backup: Path) -> None:
+    first = add_increment(backup, "2026-11-21T18-00-00Z", begin=1, end=4)
+    second = add_increment(backup, "2026-11-21T19-00-00Z", begin=4, end=9)
+
+    assert [path for path, _ in increments_of(backup, check_files(backup))] == [first, second]
+    flip(second / "topics/orders.commands-0.ndjson.gz")
+    with pytest.raises(DamagedBackupError, match=r"19-00-00Z/topics/orders\.commands-0"):
+        check_files(backup)
+
+
+def test_an_increment_that_is_missing_in_between_is_noticed(backup: Path) -> None:
+    add_increment(backup, "2026-11-21T18-00-00Z", begin=1, end=4)
+    add_increment(backup, "2026-11-21T20-00-00Z", begin=5, end=9)
+
+    with pytest.raises(DamagedBackupError, match=r"20-00-00Z does not follow"):
+        check_files(backup)
 
 
 # --- where a surviving Kafka is read on ------------------------------------------------------------------------------

@@ -245,6 +245,7 @@ async def test_files_are_copied_while_they_are_in_use_and_a_write_in_between_is_
     storage = SqliteStorage(tmp_path / "tables")
     manager = await bank(storage, ManualClock())
     await manager.run(lambda transaction: move(transaction, 10))
+    await manager.drain()
 
     assert await asyncio.to_thread(copy_files, tmp_path / "tables", tmp_path / "copy", leave_out={"savings"})
     assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["bank.db", "coordinator.db"]

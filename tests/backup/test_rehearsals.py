@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from infra.messaging.producer import EventProducer
-from scripts.backup.form import check_files
+from scripts.backup.form import check_files, increments_of
 from scripts.proof.running import Finished, RunningSystem
 from scripts.proof.witness import Witness
 from tests.end_to_end.harness import Sent, System, order, product, wallet
@@ -181,12 +181,17 @@ async def test_a_stack_is_backed_up_under_load_and_comes_back_on_new_servers_aft
     stack_system: System, tmp_path: Path
 ) -> None:
     system = stack_system
-    await open_shop(system, "stacked", "old", "load")
+    await open_shop(system, "stacked", "old", "load", "later")
     await system.committed(*orders("stacked", 10, goods="old"))
     backup, made = await backup_under_load(system, tmp_path / "backups", orders("stacked", 40, goods="load"))
     await system.check()
     manifest = check_files(backup)
     assert (manifest.storage, manifest.tables_by) == ("cassandra", "rows")
+    later = orders("stacked", 12, goods="later")
+    await system.committed(*later[:7])
+    assert (await system.concord("backup", "increment", str(backup))).lines[0]["messages"] >= 7
+    await system.committed(*later[7:])
+    assert (await system.concord("backup", "increment", str(backup))).lines[0]["messages"] == 5
     unfinished = sum(
         stored.end - stored.resumes_at for stored in manifest.partitions if stored.topic.endswith(".commands")
     )
@@ -197,6 +202,7 @@ async def test_a_stack_is_backed_up_under_load_and_comes_back_on_new_servers_aft
     assert done.code == 0, done.stderr
     [said] = done.lines
     assert (said["kafka_survived"], said["rows"]) == (False, made["rows"])
-    assert said["messages"] == sum(stored.messages for stored in manifest.partitions)
-    assert said["to_apply"] == unfinished
+    added = sum(stored.messages for _, made in increments_of(backup, manifest) for stored in made.partitions)
+    assert said["messages"] == sum(stored.messages for stored in manifest.partitions) + added
+    assert said["to_apply"] == unfinished + added
     assert manifest.paused_ms > 0

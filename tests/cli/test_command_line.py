@@ -47,6 +47,7 @@ COMMANDS = {
     "topics",
     "doctor",
     "backup create",
+    "backup increment",
     "backup list",
     "backup show",
     "backup verify",
