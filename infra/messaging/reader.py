@@ -128,8 +128,8 @@ async def group_members(kafka: Kafka, groups: Sequence[str]) -> dict[str, int]:
     async with _admin(kafka) as admin:
         while True:
             try:
-                # One by one: aiokafka 0.14 reads answers of version 3 by the schema of version 2, which lacks the end of
-                # each group, so that the second group of an answer cannot be read.
+                # One by one: aiokafka 0.14 reads answers of version 3 by the schema of version 2, which lacks the end
+                # of each group, so that the second group of an answer cannot be read.
                 answers = [await admin.describe_consumer_groups([group]) for group in groups]
                 described = [one for (answer,) in answers for one in answer.groups]
                 for code, *_ in described:  # of a coordinator that is still loading, for one
