@@ -118,6 +118,31 @@ def register(app: typer.Typer) -> None:
         rows = [_summary(made, read_manifest(made)) for made in backups_in(path or default_repository(data))]
         Output.of(output).table(rows, COLUMNS)
 
+    @command(family, "prune")
+    def prune(
+        path: Repository = None,
+        full_days: Annotated[int, typer.Option(min=1, help="Days for which every backup is kept.")] = 30,
+        increment_days: Annotated[int, typer.Option(min=1, help="Days for which increments are kept.")] = 7,
+        weekly_days: Annotated[int, typer.Option(min=1, help="Days for which the first of each week is kept.")] = 90,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing, only say what would go.")] = False,
+        data: Data = DEFAULT_DIRECTORY,
+        output: Shape = None,
+    ) -> None:
+        """Remove backups and increments that are older than they are kept. The newest backup always stays."""
+        import datetime
+
+        from scripts.backup.form import backups_in
+        from scripts.backup.retention import Retention, expired, remove
+
+        directory = path or default_repository(data)
+        names = [made.name for made in backups_in(directory)]
+        what = expired(names, datetime.datetime.now(datetime.UTC), Retention(full_days, increment_days, weekly_days))
+        if not dry_run:
+            remove(directory, what)
+        rows = [{"backup": str(directory / name), "removed": "all of it"} for name in what.backups]
+        rows += [{"backup": str(directory / name), "removed": "its increments"} for name in what.increments]
+        Output.of(output).table(rows, ("backup", "removed"))
+
     @command(family, "show")
     def show(backup: Newest = None, data: Data = DEFAULT_DIRECTORY, output: Shape = None) -> None:
         """What a backup holds: tables with their rows, topics with their offsets."""

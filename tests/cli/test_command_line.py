@@ -49,6 +49,7 @@ COMMANDS = {
     "backup create",
     "backup increment",
     "backup list",
+    "backup prune",
     "backup show",
     "backup verify",
     "restore",
