@@ -7,7 +7,7 @@ A handler is deterministic given what it reads; time and ids come from the trans
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import NoneType, UnionType
@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
+from infra.consensus_commit.metadata import is_transactional, layout_of
 from infra.storage.operations import DataType, Key, Row, TableSchema, Value
 from schemas.message import Command, Event
 from schemas.partitioning import slot
@@ -79,7 +80,22 @@ class Table(Generic[R]):
 
     @cached_property
     def schema(self) -> TableSchema:
-        """The table as storage knows it, without the transaction's own columns."""
+        """The table as storage has it, without the transaction's own columns: as declared, and what is carried."""
+        return self.declared
+
+    def carry(self, stored: TableSchema | None) -> None:
+        """From now on also handle the columns that `stored`, the user's view of the table in storage, has besides.
+
+        They are those of a later release, which runs beside this one or is about to. No record shows them and no
+        handler writes them; but they are read, and a before-image holds them, so that they survive whatever this
+        process does to the row. A `stored` that is not this table with more columns is left to the storage to refuse.
+        """
+        declared = self.declared
+        self.__dict__["schema"] = stored if stored is not None and _is_wider(stored, declared) else declared
+
+    @cached_property
+    def declared(self) -> TableSchema:
+        """The table as this release declares it."""
         partition_key = ("bucket", "slice") if self.sliced_by else ("bucket",)
         columns = dict.fromkeys(partition_key, DataType.INT)
         for name, info in self.record.model_fields.items():
@@ -103,13 +119,20 @@ class Table(Generic[R]):
     def key_of(self, record: R) -> tuple[Value, ...]:
         return tuple(getattr(record, name) for name in self.key)
 
-    def to_columns(self, record: R) -> dict[str, Value]:
-        """The columns that are not part of the primary key, as storage takes them."""
+    def to_columns(self, record: R, *, was: tuple[R, Row] | None = None) -> dict[str, Value]:
+        """The columns that are not part of the primary key, as storage takes them.
+
+        `was` is the record as it was read, with its row: a column of JSON whose value is the same keeps its text, and
+        with it what a later release has put there and this one does not know.
+        """
         columns: dict[str, Value] = {}
         for name, adapter in self._codecs.items():
             value = getattr(record, name)
             if adapter is not None and value is not None:
-                value = adapter.dump_json(value).decode()
+                if was is not None and getattr(was[0], name) == value:
+                    value = was[1].get(name)
+                else:
+                    value = adapter.dump_json(value).decode()
             columns[name] = value
         return columns
 
@@ -214,6 +237,22 @@ class Domain:
         assert self.due is None
         self.due = due
         return due
+
+
+def carry_stored_columns(tables: Iterable[Table[Any]], stored: Iterable[TableSchema]) -> None:
+    """Let each of `tables` carry what `stored`, the tables of a storage, has besides (see `Table.carry`)."""
+    views = {table.full_name: layout_of(table).user for table in stored if is_transactional(table)}
+    for table in tables:
+        table.carry(views.get(table.full_name))
+
+
+def _is_wider(stored: TableSchema, declared: TableSchema) -> bool:
+    return (
+        stored.partition_key == declared.partition_key
+        and stored.clustering_key == declared.clustering_key
+        and stored.descending == declared.descending
+        and declared.columns.items() < stored.columns.items()
+    )
 
 
 def _plain(annotation: Any) -> type:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from actors.domain import Domain, Record, Table
+from actors.domain import Domain, Record, Table, carry_stored_columns
 from actors.home import Home
 from actors.incarnations import Incarnations
 from actors.messages import (
@@ -115,6 +115,7 @@ class DomainActor:
         """Create the domain's tables where they are absent, register this incarnation, begin housekeeping."""
         outcomes = outcomes_of(self._domain.name)
         tables = (*self._domain.tables, outcomes)
+        carry_stored_columns(tables, await self._storage.tables())
         for table in tables:
             await self._storage.create_table(transactional(table.schema))
         await self._incarnations.create_tables()

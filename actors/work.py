@@ -33,7 +33,7 @@ from actors.runtime import ActorLostError, Mailroom, Placement
 from infra.consensus_commit.errors import TransactionConflictError, UnknownTransactionStatusError
 from infra.consensus_commit.participant import ParticipantTransaction
 from infra.storage.errors import UnavailableStorageError, UnknownOutcomeError
-from infra.storage.operations import Bound, Key, Scan, Value
+from infra.storage.operations import Bound, Key, Row, Scan, Value
 from infra.tracing import CALL, OFF, Span, Tracer
 from schemas.message import Command, Event
 
@@ -213,6 +213,7 @@ class Work:
         self._routing_key = routing_key
         self.command_id = command_id
         self.now_ms = now_ms
+        self._read: dict[tuple[str, tuple[Value, ...]], tuple[Any, Row]] = {}
         self._emitted: list[list[Emitted] | tuple[Event, Table[Any], tuple[Value, ...]]] = []
         self._ended = False
         self._running = 0
@@ -316,7 +317,7 @@ class Work:
 
     async def _get(self, table: Table[R], key: tuple[Value, ...]) -> R | None:
         row = await self._records.get(table.schema, await self._own(table, key))
-        return None if row is None else table.from_row(row)
+        return None if row is None else self._known(table, row)
 
     async def _scan(self, table: Table[R], prefix: tuple[Value, ...]) -> list[R]:
         assert table.key[0] == table.routing, f"{table.full_name} cannot be scanned by its routing key"
@@ -324,7 +325,7 @@ class Work:
         records: list[R] = []
         for partition in table.partitions_of(str(prefix[0]), buckets=self._placement.buckets):
             rows = await self._records.scan(Scan(table.schema, partition, start=bound, end=bound))
-            records.extend(table.from_row(row) for row in rows)
+            records.extend(self._known(table, row) for row in rows)
         return sorted(records, key=table.key_of)
 
     async def _insert(self, table: Table[R], record: R) -> None:
@@ -336,8 +337,16 @@ class Work:
         await self._records.upsert(table.schema, where, table.to_columns(record))
 
     async def _update(self, table: Table[R], record: R) -> None:
-        where = await self._own(table, table.key_of(record))
-        await self._records.update(table.schema, where, table.to_columns(record))
+        key = table.key_of(record)
+        where = await self._own(table, key)
+        was = self._read.get((table.full_name, key))
+        await self._records.update(table.schema, where, table.to_columns(record, was=was))
+
+    def _known(self, table: Table[R], row: Row) -> R:
+        """The record of a row that was read, remembered for its update."""
+        record = table.from_row(row)
+        self._read[table.full_name, table.key_of(record)] = (record, row)
+        return record
 
     async def _delete(self, table: Table[Any], key: tuple[Value, ...]) -> None:
         await self._records.delete(table.schema, await self._own(table, key))

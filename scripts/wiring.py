@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from actors.domain import Domain, Table
+from actors.domain import Domain, Table, carry_stored_columns
 from actors.incarnations import INCARNATIONS
 from actors.outcomes import outcomes_of
 from actors.runtime import Placement
@@ -110,7 +110,8 @@ TABLES_AT_ONCE = 4
 
 
 async def create_tables(settings: Settings, storage: Storage) -> None:
-    """Create the tables that are missing. Raises a StorageError."""
+    """Create the tables that are missing; one with columns of a later release is right too. Raises a StorageError."""
+    carry_stored_columns(domain_tables(settings), await storage.tables())
     permits = asyncio.Semaphore(TABLES_AT_ONCE)
 
     async def create(table: TableSchema) -> None:
