@@ -10,18 +10,19 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from actors.domain import Table
+from actors.domain import Table, carry_stored_columns
 from actors.outcomes import outcomes_of
 from infra.clock import Clock, SystemClock
 from infra.config import Settings
 from infra.consensus_commit.errors import CrudConflictError
 from infra.consensus_commit.manager import TransactionManager
 from infra.consensus_commit.metadata import is_committed, is_transactional, layout_of
-from scripts.connections import open_storage
 from infra.storage.operations import ColumnCondition, Key, Operator, Row, Scan, TableSchema, Value
 from infra.storage.port import Storage
 from schemas.outcome import Answer
 from schemas.registry import DOMAINS
+from scripts.connections import open_storage
+from scripts.wiring import domain_tables
 
 PATIENCE_S = 20.0
 """How long a record of a transaction under way is waited for; longer than a transaction can stay undecided."""
@@ -142,8 +143,10 @@ async def open_reader(settings: Settings) -> CommittedReader:
     """A reader of the system's storage. Raises NoTablesError where no system has ever been started."""
     storage = open_storage(settings)
     try:
-        if not await storage.tables():
+        stored = await storage.tables()
+        if not stored:
             raise NoTablesError(f"No system has been started in {settings.data_dir}")
+        carry_stored_columns(domain_tables(settings), stored)
     except BaseException:
         await storage.close()
         raise
