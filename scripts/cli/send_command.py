@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
@@ -209,7 +209,7 @@ def register(app: typer.Typer) -> None:
                 raise CommandError("--ndjson takes types, keys, ids and bodies from its lines.", ExitCode.USAGE)
             with _opened(ndjson) as file:
                 lines = read_lines(file, time_ms=time_ms)
-                return asyncio.run(_send_many(system, lines, MANY_WAIT_S if wait is None else wait, shape))
+                return asyncio.run(send_each(system, lines, MANY_WAIT_S if wait is None else wait, shape))
         if type is None or body is None:
             raise CommandError("Name a TYPE and its body with --json, or many with --ndjson.", ExitCode.USAGE)
         try:
@@ -220,7 +220,7 @@ def register(app: typer.Typer) -> None:
                 one = outgoing(type, content, key=key, id=id, time_ms=time_ms)
         except InvalidCommandError as error:
             raise CommandError(str(error), ExitCode.USAGE) from None
-        return asyncio.run(_send_many(system, iter([one]), wait or 0, shape))
+        return asyncio.run(send_each(system, iter([one]), wait or 0, shape))
 
 
 def _content(body: str) -> bytes:
@@ -235,14 +235,18 @@ def _opened(file: str) -> BinaryIO:
     return sys.stdin.buffer if file == "-" else Path(file).open("rb")
 
 
-async def _send_many(
-    system: System, commands: Iterator[Outgoing | dict[str, Any]], wait_s: float, shape: Output
+async def send_each(
+    system: System,
+    commands: Iterator[Outgoing | dict[str, Any]],
+    wait_s: float,
+    shape: Output,
+    as_told: Callable[[dict[str, Any]], dict[str, Any]] = lambda outcome: outcome,
 ) -> ExitCode:
-    """Publish and print one outcome a line, in the order of the input; the worst exit code."""
+    """Publish and print one outcome a line, `as_told` of it, in the order of the input; the worst exit code."""
     codes = [ExitCode.DONE]
     async for outcome in _outcomes(system, commands, wait_s):
         codes = [worst((*codes, OF_STATUS[outcome["status"]]))]
-        shape.show(outcome, _for_people)
+        shape.show(as_told(outcome), _for_people)
     return codes[0]
 
 
