@@ -88,6 +88,10 @@ from infra.storage.validation import (
 DEFAULT_PORT = 9042
 SCAN_PAGE_SIZE = 2_000
 """Rows that one request of a scan brings; a scan with a limit and no filter brings no more than its limit."""
+CELLS_OF_A_PAGE = 50_000
+"""What bounds the rows of a request in wide tables. A NULL that was written counts as a deletion for days, every record
+that was ever committed has one for each column of its before-image, and the server refuses to pass 100,000 a request.
+"""
 
 ReplicationStrategy = Literal["SimpleStrategy", "NetworkTopologyStrategy"]
 
@@ -102,6 +106,11 @@ class _Table:
     schema: TableSchema
     rules: TableRules
     statements: TableStatements
+
+    @property
+    def page_size(self) -> int:
+        """Rows that one request of a scan may bring."""
+        return max(1, min(SCAN_PAGE_SIZE, CELLS_OF_A_PAGE // len(self.schema.columns)))
 
 
 class CassandraStorage:
@@ -222,7 +231,7 @@ class CassandraStorage:
             return []
         found: list[Row] = []
         what = f"a scan of {scan.table.full_name}"
-        async for values in self._pages(held, statement, what, ConsistencyLevel.SERIAL, SCAN_PAGE_SIZE):
+        async for values in self._pages(held, statement, what, ConsistencyLevel.SERIAL, held.page_size):
             rows = map(held.statements.row, values)
             found += [row for row in rows if all_hold(scan.where, row)] if scan.where else rows
             if scan.limit and len(found) >= scan.limit:
