@@ -83,6 +83,7 @@ class IntentLog:
             },
             partition_key=("coordinator",),
             clustering_key=("tx_id",),
+            short_lived=True,  # One that came back would be found settled, and removed again.
         )
 
     async def create_tables(self) -> None:

@@ -355,6 +355,8 @@ class CassandraStorage:
         for column, data_type in table.columns.items():
             self._check_type(table, column, data_type)
         missing = await self._missing(table)
+        if missing is not None and table.short_lived:
+            await self._forget_deletions_soon(table)
         if missing is None:
             await self.create_namespace(table.namespace)
             statements = TableStatements(table)
@@ -448,6 +450,13 @@ class CassandraStorage:
                 missing = table.indexes - other.indexes
                 existing[at] = replace(other, indexes=other.indexes | table.indexes)
         return None if needs_creation(table, existing) else missing
+
+    async def _forget_deletions_soon(self, table: TableSchema) -> None:
+        """Give a table the options of short-lived rows, unless somebody has chosen others than the server's."""
+        where, key, what = schema.OF_TABLE, (table.namespace, table.name), f"looking up {table.full_name}"
+        for (grace_s,) in await self._session.administer(schema.SELECT_GRACE + where, what, key):
+            if grace_s == schema.DEFAULT_GRACE_S:
+                await self._change(table, TableStatements(table).forget_deletions_soon())
 
     async def _known(self, table: TableSchema) -> TableSchema:
         """The table as it is in Cassandra; InvalidOperationError if it is not there."""

@@ -14,6 +14,9 @@ from infra.storage.errors import InvalidOperationError
 from infra.storage.operations import DataType, TableSchema
 from infra.storage.validation import check_table, is_identifier
 
+DEFAULT_GRACE_S = 864_000
+"""How long Cassandra keeps deletions in tables for which nobody said otherwise."""
+
 _DATA_TYPES: Mapping[str, DataType] = {cql: data_type for data_type, cql in TYPES.items()}
 
 SELECT_KEYSPACES = "SELECT keyspace_name, replication FROM system_schema.keyspaces"
@@ -22,6 +25,7 @@ SELECT_COLUMNS = (
     "SELECT keyspace_name, table_name, column_name, kind, position, clustering_order, type FROM system_schema.columns"
 )
 SELECT_INDEXES = "SELECT keyspace_name, table_name, index_name, options FROM system_schema.indexes"
+SELECT_GRACE = "SELECT gc_grace_seconds FROM system_schema.tables"
 OF_KEYSPACE = " WHERE keyspace_name = ?"
 OF_TABLE = f"{OF_KEYSPACE} AND table_name = ?"
 

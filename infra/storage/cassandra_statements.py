@@ -68,6 +68,16 @@ COMPACTION_STRATEGIES: Mapping[str, str] = {
     "UCS": "UnifiedCompactionStrategy",
 }
 
+SHORT_LIVED: Mapping[str, int] = {"gc_grace_seconds": 60, "memtable_flush_period_in_ms": 20_000}
+"""Options of a table whose rows are deleted soon after they were written.
+
+Cassandra keeps every deletion for `gc_grace_seconds` (ten days, if nobody says otherwise), a read passes over all those
+of its partition, and fails at 100,000. What the time is for is that a replica which missed a deletion learns of it, so
+that the row does not come back; a short-lived row may. Younger deletions still count: with a minute, a partition bears
+1,600 a second. They are thrown away when files are merged, hence the flushing, which makes files to merge."""
+
+_SHORT_LIVED = " AND ".join(f"{option} = {value}" for option, value in SHORT_LIVED.items())
+
 _CONDITIONS: Mapping[Operator, str] = {
     Operator.EQ: "{0} = ?",
     Operator.NE: "{0} != ? AND {0} != NULL",
@@ -252,8 +262,14 @@ class TableStatements:
             options.append(f"CLUSTERING ORDER BY ({order})")
         if compaction is not None:
             options.append(f"compaction = {{'class': '{COMPACTION_STRATEGIES[compaction]}'}}")
+        if table.short_lived:
+            options.append(_SHORT_LIVED)
         with_options = f" WITH {_conjunction(options)}" if options else ""
         return f"CREATE TABLE IF NOT EXISTS {self._name} ({columns}, PRIMARY KEY ({key})){with_options}"
+
+    def forget_deletions_soon(self) -> str:
+        """For a table that was made without the options SHORT_LIVED."""
+        return f"ALTER TABLE {self._name} WITH {_SHORT_LIVED}"
 
     def create_index(self, column: str) -> str:
         return (

@@ -45,7 +45,9 @@ class TableSchema:
     """A table: `columns` names every column with its type, in order, key columns included.
 
     `descending` names the clustering columns that run from the largest value to the smallest. `indexes` names the
-    columns outside the key by which rows can be found (secondary indexes, each of one column).
+    columns outside the key by which rows can be found (secondary indexes, each of one column). `short_lived`: rows are
+    written once and soon deleted, many a second, and one that came back would do no harm; a storage may use that, and
+    it is no part of what the table is.
     """
 
     namespace: str
@@ -55,6 +57,7 @@ class TableSchema:
     clustering_key: tuple[str, ...] = ()
     descending: frozenset[str] = frozenset()
     indexes: frozenset[str] = frozenset()
+    short_lived: bool = field(default=False, compare=False)
 
     @property
     def full_name(self) -> str:
