@@ -1,6 +1,6 @@
 """The CQL of one table: statements composed from validated names, values always bound.
 
-Pure: nothing here talks to a server. Names enter the text only through `_quoted`, operators only through a table of
+Pure: nothing here talks to a server. Names enter the text only through `quoted`, operators only through a table of
 literals, and every value through a `?`.
 
 How the port's sentences become CQL's
@@ -22,7 +22,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from cassandra.query import UNSET_VALUE
 
@@ -45,7 +45,7 @@ from infra.storage.operations import (
     TableSchema,
     Value,
 )
-from infra.storage.validation import check_identifier
+from infra.storage.statement_text import conjunction, listed, placeholders, quoted, remember
 
 TYPES: Mapping[DataType, str] = {
     DataType.BOOLEAN: "boolean",
@@ -97,7 +97,6 @@ _PIN_TYPES = frozenset(
 )
 
 _MAX_LIMIT = 2**31 - 1  # CQL's LIMIT is an int
-_MAX_CACHED_STATEMENTS = 500
 
 _DATE_OFFSET = 2**31
 _DAY_ZERO = datetime.date(1970, 1, 1)
@@ -132,9 +131,9 @@ class TableStatements:
         self._columns = tuple(table.columns)
         self._others = tuple(column for column in table.columns if column not in table.key_columns)
         self._name = _full_name(table)
-        self._key = _conjunction(f"{_quoted(column)} = ?" for column in table.key_columns)
-        self._partition = _conjunction(f"{_quoted(column)} = ?" for column in table.partition_key)
-        self._selected = _list(self._columns)
+        self._key = conjunction(f"{quoted(column)} = ?" for column in table.key_columns)
+        self._partition = conjunction(f"{quoted(column)} = ?" for column in table.partition_key)
+        self._selected = listed(self._columns)
         self._decoders = tuple((c, _DECODERS[t]) for c, t in table.columns.items() if t in _DECODERS)
         self._writes: dict[object, _Cached] = {}
         self._scans: dict[object, str] = {}
@@ -176,7 +175,7 @@ class TableStatements:
         shape = (_shape(scan.start), _shape(scan.end), limited, scan.reverse)
         cql = self._scans.get(shape)
         if cql is None:
-            cql = _remember(self._scans, shape, self._compose_scan(scan, limited))
+            cql = remember(self._scans, shape, self._compose_scan(scan, limited))
         start = scan.start.values if scan.start else ()
         end = scan.end.values if scan.end else ()
         limit: Parameters = (scan.limit,) if limited else ()
@@ -186,10 +185,10 @@ class TableStatements:
         return Statement(self._all, ())
 
     def by_index(self, column: str, value: Value) -> Statement:
-        return Statement(f"{self._all} WHERE {_quoted(column)} = ?", (_encoded(value),))
+        return Statement(f"{self._all} WHERE {quoted(column)} = ?", (_encoded(value),))
 
     def all_partitions(self) -> Statement:
-        return Statement(f"SELECT DISTINCT {_list(self.table.partition_key)} FROM {self._name}", ())
+        return Statement(f"SELECT DISTINCT {listed(self.table.partition_key)} FROM {self._name}", ())
 
     # -- writes
 
@@ -200,7 +199,7 @@ class TableStatements:
         shape = (columns, type(mutation.condition), tuple((c.column, c.operator) for c in conditions))
         cached = self._writes.get(shape)
         if cached is None:
-            cached = _remember(self._writes, shape, self._compose_write(mutation, conditions))
+            cached = remember(self._writes, shape, self._compose_write(mutation, conditions))
         key = _encoded_all(mutation.key.partition + mutation.key.clustering)
         compared = _encoded_all(c.value for c in conditions if c.operator not in _UNARY)
         values: Parameters = ()
@@ -251,20 +250,19 @@ class TableStatements:
         """`compaction` is one of COMPACTION_STRATEGIES, None leaves it to the server."""
         table = self.table
         ordered = table.key_columns + self._others
-        columns = ", ".join(f"{_quoted(column)} {TYPES[table.columns[column]]}" for column in ordered)
-        key = ", ".join([f"({_list(table.partition_key)})", *map(_quoted, table.clustering_key)])
+        columns = ", ".join(f"{quoted(column)} {TYPES[table.columns[column]]}" for column in ordered)
+        key = ", ".join([f"({listed(table.partition_key)})", *map(quoted, table.clustering_key)])
         options = []
         if table.clustering_key:
             order = ", ".join(
-                f"{_quoted(column)} {'DESC' if column in table.descending else 'ASC'}"
-                for column in table.clustering_key
+                f"{quoted(column)} {'DESC' if column in table.descending else 'ASC'}" for column in table.clustering_key
             )
             options.append(f"CLUSTERING ORDER BY ({order})")
         if compaction is not None:
             options.append(f"compaction = {{'class': '{COMPACTION_STRATEGIES[compaction]}'}}")
         if table.short_lived:
             options.append(_SHORT_LIVED)
-        with_options = f" WITH {_conjunction(options)}" if options else ""
+        with_options = f" WITH {conjunction(options)}" if options else ""
         return f"CREATE TABLE IF NOT EXISTS {self._name} ({columns}, PRIMARY KEY ({key})){with_options}"
 
     def forget_deletions_soon(self) -> str:
@@ -272,15 +270,13 @@ class TableStatements:
         return f"ALTER TABLE {self._name} WITH {_SHORT_LIVED}"
 
     def create_index(self, column: str) -> str:
-        return (
-            f"CREATE INDEX IF NOT EXISTS {_quoted(index_name(self.table, column))} ON {self._name} ({_quoted(column)})"
-        )
+        return f"CREATE INDEX IF NOT EXISTS {quoted(index_name(self.table, column))} ON {self._name} ({quoted(column)})"
 
     def drop_index(self, name: str) -> str:
-        return f"DROP INDEX IF EXISTS {_quoted(self.table.namespace)}.{_quoted(name)}"
+        return f"DROP INDEX IF EXISTS {quoted(self.table.namespace)}.{quoted(name)}"
 
     def add_column(self, column: str, data_type: DataType) -> str:
-        return f"ALTER TABLE {self._name} ADD {_quoted(column)} {TYPES[data_type]}"
+        return f"ALTER TABLE {self._name} ADD {quoted(column)} {TYPES[data_type]}"
 
     def drop_table(self) -> str:
         return f"DROP TABLE IF EXISTS {self._name}"
@@ -291,31 +287,31 @@ class TableStatements:
     # -- composition
 
     def _compose_write(self, mutation: Mutation, conditions: tuple[ColumnCondition, ...]) -> _Cached:
-        terms = [_CONDITIONS[c.operator].format(_quoted(c.column)) for c in conditions]
-        conditional = f" IF {_conjunction(terms) if terms else 'EXISTS'}" if mutation.condition is not None else ""
+        terms = [_CONDITIONS[c.operator].format(quoted(c.column)) for c in conditions]
+        conditional = f" IF {conjunction(terms) if terms else 'EXISTS'}" if mutation.condition is not None else ""
         if isinstance(mutation, Delete):
             return _Cached(f"DELETE FROM {self._name} WHERE {self._key}{conditional}", bool(conditional))
         columns = tuple(mutation.columns)
         if mutation.condition is None or isinstance(mutation.condition, IfNotExists):
             inserted = self.table.key_columns + columns
             conditional = " IF NOT EXISTS" if mutation.condition is not None else ""
-            marks = _marks(len(inserted))
+            marks = placeholders(len(inserted))
             return _Cached(
-                f"INSERT INTO {self._name} ({_list(inserted)}) VALUES ({marks}){conditional}", bool(conditional)
+                f"INSERT INTO {self._name} ({listed(inserted)}) VALUES ({marks}){conditional}", bool(conditional)
             )
         if not self._others:
             raise InvalidOperationError(
                 f"{self.table.full_name} has no columns but its key: Cassandra cannot put a row only if it exists"
             )
-        changes = ", ".join(f"{_quoted(column)} = ?" for column in columns or self._others[:1])
+        changes = ", ".join(f"{quoted(column)} = ?" for column in columns or self._others[:1])
         return _Cached(f"UPDATE {self._name} SET {changes} WHERE {self._key}{conditional}", True)
 
     def _compose_scan(self, scan: Scan, limited: bool) -> str:
         terms = [self._partition, *self._range(scan.start, ">=", ">"), *self._range(scan.end, "<=", "<")]
-        cql = f"{self._all} WHERE {_conjunction(terms)}"
+        cql = f"{self._all} WHERE {conjunction(terms)}"
         if scan.reverse and self.table.clustering_key:
             cql += " ORDER BY " + ", ".join(
-                f"{_quoted(column)} {'ASC' if column in self.table.descending else 'DESC'}"
+                f"{quoted(column)} {'ASC' if column in self.table.descending else 'DESC'}"
                 for column in self.table.clustering_key
             )
         return f"{cql} LIMIT ?" if limited else cql
@@ -323,8 +319,8 @@ class TableStatements:
     def _range(self, bound: Bound | None, inclusive: str, exclusive: str) -> list[str]:
         if bound is None or not bound.values:
             return []
-        columns = _list(self.table.clustering_key[: len(bound.values)])
-        return [f"({columns}) {inclusive if bound.inclusive else exclusive} ({_marks(len(bound.values))})"]
+        columns = listed(self.table.clustering_key[: len(bound.values)])
+        return [f"({columns}) {inclusive if bound.inclusive else exclusive} ({placeholders(len(bound.values))})"]
 
 
 def simplified(mutation: Mutation) -> Mutation | None:
@@ -369,11 +365,11 @@ def create_keyspace(namespace: str, replication: Mapping[str, str]) -> str:
         if "'" in text or "\\" in text:
             raise InvalidOperationError("a replication setting holds names and numbers only")
     options = ", ".join(f"'{name}': '{value}'" for name, value in replication.items())
-    return f"CREATE KEYSPACE IF NOT EXISTS {_quoted(namespace)} WITH replication = {{{options}}}"
+    return f"CREATE KEYSPACE IF NOT EXISTS {quoted(namespace)} WITH replication = {{{options}}}"
 
 
 def drop_keyspace(namespace: str) -> str:
-    return f"DROP KEYSPACE IF EXISTS {_quoted(namespace)}"
+    return f"DROP KEYSPACE IF EXISTS {quoted(namespace)}"
 
 
 def index_name(table: TableSchema, column: str) -> str:
@@ -431,30 +427,4 @@ def _shape(bound: Bound | None) -> tuple[int, bool] | None:
 
 
 def _full_name(table: TableSchema) -> str:
-    return f"{_quoted(table.namespace)}.{_quoted(table.name)}"
-
-
-def _quoted(name: str) -> str:
-    return f'"{check_identifier(name)}"'
-
-
-def _list(columns: Iterable[str]) -> str:
-    return ", ".join(map(_quoted, columns))
-
-
-def _marks(count: int) -> str:
-    return ", ".join("?" * count)
-
-
-def _conjunction(terms: Iterable[str]) -> str:
-    return " AND ".join(terms)
-
-
-Item = TypeVar("Item")
-
-
-def _remember(cache: dict[object, Item], shape: object, value: Item) -> Item:
-    if len(cache) >= _MAX_CACHED_STATEMENTS:
-        cache.clear()
-    cache[shape] = value
-    return value
+    return f"{quoted(table.namespace)}.{quoted(table.name)}"

@@ -1,6 +1,6 @@
 """The SQL of one table: statements composed from validated names, values always bound.
 
-Pure: nothing here opens a file. Names enter the text only through `_quoted`, operators only through a table of
+Pure: nothing here opens a file. Names enter the text only through `quoted`, operators only through a table of
 literals, and every value through a `?`. SQLite has no types for days and times: they are integers in the order of
 what they stand for (days, and milliseconds, since 1970; microseconds of the day).
 """
@@ -29,6 +29,7 @@ from infra.storage.operations import (
     TableSchema,
     Value,
 )
+from infra.storage.statement_text import conjunction, listed, placeholders, quoted, remember
 from infra.storage.validation import check_identifier
 
 # SQLite's column affinities. Only values of the right type reach a statement, so no affinity ever converts one.
@@ -67,7 +68,6 @@ _UNARY = frozenset({Operator.IS_NULL, Operator.IS_NOT_NULL})
 
 # Statements differ by the columns and conditions that callers name, so there are a few dozen for a table. A caller
 # that composes filters freely must not grow the cache without end.
-_MAX_CACHED_STATEMENTS = 500
 
 Parameters = tuple[Value, ...]
 
@@ -88,9 +88,9 @@ class TableStatements:
     def __init__(self, table: TableSchema) -> None:
         self.table = table
         self._columns = tuple(table.columns)
-        self._name = _quoted(table.name)
-        self._key = _conjunction(f"{_quoted(column)} = ?" for column in table.key_columns)
-        self._selected = _list(self._columns)
+        self._name = quoted(table.name)
+        self._key = conjunction(f"{quoted(column)} = ?" for column in table.key_columns)
+        self._selected = listed(self._columns)
         self._decoders = tuple((c, _DECODERS[t]) for c, t in table.columns.items() if t in _DECODERS)
         self._has_temporal = not _TEMPORAL.isdisjoint(table.columns.values())
         self._writes: dict[object, Write] = {}
@@ -98,19 +98,19 @@ class TableStatements:
         self.get = f"SELECT {self._selected} FROM {self._name} WHERE {self._key}"
 
     def create_table(self) -> str:
-        columns = ", ".join(f"{_quoted(c)} {_AFFINITIES[data_type]}" for c, data_type in self.table.columns.items())
-        key = ", ".join(f"{_quoted(c)}{' DESC' if c in self.table.descending else ''}" for c in self.table.key_columns)
+        columns = ", ".join(f"{quoted(c)} {_AFFINITIES[data_type]}" for c, data_type in self.table.columns.items())
+        key = ", ".join(f"{quoted(c)}{' DESC' if c in self.table.descending else ''}" for c in self.table.key_columns)
         return f"CREATE TABLE {self._name} ({columns}, PRIMARY KEY ({key})) WITHOUT ROWID"
 
     def create_index(self, column: str) -> str:
         name = _index_name(self.table, column)
-        return f"CREATE INDEX IF NOT EXISTS {name} ON {self._name} ({_quoted(column)})"
+        return f"CREATE INDEX IF NOT EXISTS {name} ON {self._name} ({quoted(column)})"
 
     def drop_index(self, column: str) -> str:
         return f"DROP INDEX IF EXISTS {_index_name(self.table, column)}"
 
     def add_column(self, column: str, data_type: DataType) -> str:
-        return f"ALTER TABLE {self._name} ADD COLUMN {_quoted(column)} {_AFFINITIES[data_type]}"
+        return f"ALTER TABLE {self._name} ADD COLUMN {quoted(column)} {_AFFINITIES[data_type]}"
 
     def drop_table(self) -> str:
         return f"DROP TABLE IF EXISTS {self._name}"
@@ -139,7 +139,7 @@ class TableStatements:
         shape = (columns, type(condition), *((c.column, c.operator) for c in conditions))
         statement = self._writes.get(shape)
         if statement is None:
-            statement = _remember(self._writes, shape, self._compose_write(mutation))
+            statement = remember(self._writes, shape, self._compose_write(mutation))
         key = mutation.key.partition + mutation.key.clustering
         values = tuple(mutation.columns.values()) if isinstance(mutation, Put) else ()
         if isinstance(mutation, Put) and (condition is None or isinstance(condition, IfNotExists)):
@@ -156,7 +156,7 @@ class TableStatements:
         )
         sql = self._scans.get(shape)
         if sql is None:
-            sql = _remember(self._scans, shape, self._compose_scan(scan))
+            sql = remember(self._scans, shape, self._compose_scan(scan))
         start = scan.start.values if scan.start else ()
         end = scan.end.values if scan.end else ()
         return sql, self._bound((*scan.partition, *start, *end, *_compared(scan.where), scan.limit or -1))
@@ -167,25 +167,25 @@ class TableStatements:
         terms: list[str] = []
         values: Parameters = ()
         if isinstance(selection, IndexScan):
-            terms, values = [f"{_quoted(selection.column)} = ?"], (selection.value,)
+            terms, values = [f"{quoted(selection.column)} = ?"], (selection.value,)
         if after is not None:
-            terms.append(f"({_list(key)}) > ({_marks(len(key))})")
+            terms.append(f"({listed(key)}) > ({placeholders(len(key))})")
         terms += map(_comparison, selection.where)
-        where = f" WHERE {_conjunction(terms)}" if terms else ""
+        where = f" WHERE {conjunction(terms)}" if terms else ""
         position = after.partition + after.clustering if after is not None else ()
         parameters = (*values, *position, *_compared(selection.where), page_size)
-        sql = f"SELECT {self._selected} FROM {self._name}{where} ORDER BY {_list(key)} LIMIT ?"
+        sql = f"SELECT {self._selected} FROM {self._name}{where} ORDER BY {listed(key)} LIMIT ?"
         return sql, self._bound(parameters)
 
     def first_partition(self) -> str:
         """The smallest partition key."""
-        columns = _list(self.table.partition_key)
+        columns = listed(self.table.partition_key)
         return f"SELECT {columns} FROM {self._name} ORDER BY {columns} LIMIT 1"
 
     def next_partition(self) -> str:
         """The smallest partition key above the given one: one seek, however many rows a partition holds."""
-        columns = _list(self.table.partition_key)
-        marks = _marks(len(self.table.partition_key))
+        columns = listed(self.table.partition_key)
+        marks = placeholders(len(self.table.partition_key))
         return f"SELECT {columns} FROM {self._name} WHERE ({columns}) > ({marks}) ORDER BY {columns} LIMIT 1"
 
     def partition(self, values: Sequence[Value]) -> tuple[Value, ...]:
@@ -202,18 +202,18 @@ class TableStatements:
     def _compose_write(self, mutation: Mutation) -> Write:
         condition = mutation.condition
         conditions = condition.conditions if isinstance(condition, If) else ()
-        where = _conjunction([self._key, *map(_comparison, conditions)])
+        where = conjunction([self._key, *map(_comparison, conditions)])
         if isinstance(mutation, Delete):
             return Write(f"DELETE FROM {self._name} WHERE {where}", condition is not None)
         columns = tuple(mutation.columns)
         if condition is not None and not isinstance(condition, IfNotExists):
             # With nothing to set, the statement must still find the row and count it.
-            one = _quoted(self._columns[0])
+            one = quoted(self._columns[0])
             changes = _assignments(columns, "?") or f"{one} = {one}"
             return Write(f"UPDATE {self._name} SET {changes} WHERE {where}", True)
-        keys = _list(self.table.key_columns)
-        inserted = _list(self.table.key_columns + columns)
-        marks = _marks(len(self.table.key_columns) + len(columns))
+        keys = listed(self.table.key_columns)
+        inserted = listed(self.table.key_columns + columns)
+        marks = placeholders(len(self.table.key_columns) + len(columns))
         insert = f"INSERT INTO {self._name} ({inserted}) VALUES ({marks}) ON CONFLICT ({keys}) DO"
         if isinstance(condition, IfNotExists):
             return Write(f"{insert} NOTHING", True)
@@ -223,23 +223,23 @@ class TableStatements:
 
     def _compose_scan(self, scan: Scan) -> str:
         table = self.table
-        terms = [f"{_quoted(column)} = ?" for column in table.partition_key]
+        terms = [f"{quoted(column)} = ?" for column in table.partition_key]
         terms += self._range(scan.start, ">=", ">")
         terms += self._range(scan.end, "<=", "<")
         terms += map(_comparison, scan.where)
         order = ", ".join(
-            f"{_quoted(column)} {'DESC' if (column in table.descending) != scan.reverse else 'ASC'}"
+            f"{quoted(column)} {'DESC' if (column in table.descending) != scan.reverse else 'ASC'}"
             for column in table.key_columns
         )
-        return f"SELECT {self._selected} FROM {self._name} WHERE {_conjunction(terms)} ORDER BY {order} LIMIT ?"
+        return f"SELECT {self._selected} FROM {self._name} WHERE {conjunction(terms)} ORDER BY {order} LIMIT ?"
 
     def _range(self, bound: Bound | None, inclusive: str, exclusive: str) -> list[str]:
         if bound is None:
             return []
         if not bound.values:
             return [] if bound.inclusive else ["0"]
-        columns = _list(self.table.clustering_key[: len(bound.values)])
-        return [f"({columns}) {inclusive if bound.inclusive else exclusive} ({_marks(len(bound.values))})"]
+        columns = listed(self.table.clustering_key[: len(bound.values)])
+        return [f"({columns}) {inclusive if bound.inclusive else exclusive} ({placeholders(len(bound.values))})"]
 
 
 def _encoded(value: Value) -> Value:
@@ -269,24 +269,8 @@ def _index_name(table: TableSchema, column: str) -> str:
     return f'"{check_identifier(table.name)}$index${check_identifier(column)}"'
 
 
-def _quoted(name: str) -> str:
-    return f'"{check_identifier(name)}"'
-
-
-def _list(columns: Iterable[str]) -> str:
-    return ", ".join(map(_quoted, columns))
-
-
-def _marks(count: int) -> str:
-    return ", ".join("?" * count)
-
-
-def _conjunction(terms: Iterable[str]) -> str:
-    return " AND ".join(terms)
-
-
 def _comparison(condition: ColumnCondition) -> str:
-    return f"{_quoted(condition.column)} {_OPERATORS[condition.operator]}"
+    return f"{quoted(condition.column)} {_OPERATORS[condition.operator]}"
 
 
 def _compared(conditions: Iterable[ColumnCondition]) -> Parameters:
@@ -295,11 +279,4 @@ def _compared(conditions: Iterable[ColumnCondition]) -> Parameters:
 
 def _assignments(columns: Iterable[str], source: str | None) -> str:
     """`"a" = ?` for each column, or `"a" = excluded."a"` without a source."""
-    return ", ".join(f"{_quoted(c)} = {source or f'excluded.{_quoted(c)}'}" for c in columns)
-
-
-def _remember(cache: dict[object, Statement], shape: object, value: Statement) -> Statement:
-    if len(cache) >= _MAX_CACHED_STATEMENTS:
-        cache.clear()
-    cache[shape] = value
-    return value
+    return ", ".join(f"{quoted(c)} = {source or f'excluded.{quoted(c)}'}" for c in columns)
