@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
@@ -30,7 +30,8 @@ from infra.storage.errors import (
     UnavailableStorageError,
     UnknownOutcomeError,
 )
-from infra.storage.operations import CrossPartition, Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
+from infra.storage.forwarding import ForwardingStorage
+from infra.storage.operations import Key, Mutation, Row, StorageInfo, TableSchema
 from infra.storage.port import Storage, atomic_unit, peek
 
 MAX_ROWS_TOGETHER = 50
@@ -45,7 +46,7 @@ class _Waiting:
     turn: asyncio.Future[bool]
 
 
-class PartitionGate:
+class PartitionGate(ForwardingStorage):
     """Storage that passes everything on to `storage`, but one batch at a time into an atomic unit.
 
     In front of a storage that serializes batches by itself it stands open. `rows_together` bounds what goes into one
@@ -53,47 +54,29 @@ class PartitionGate:
     """
 
     def __init__(self, storage: Storage, *, rows_together: int = MAX_ROWS_TOGETHER) -> None:
-        self._storage = storage
+        super().__init__(storage)
         self._rows_together = rows_together
         self._queues: dict[Hashable, deque[_Waiting]] = {}  # of the units that a batch is in flight for
         self._infos: dict[str, tuple[StorageInfo, StorageInfo]] = {}
 
     @property
     def info(self) -> StorageInfo:
-        return replace(self._storage.info, serializes_batches=True)
+        return replace(self.storage.info, serializes_batches=True)
 
     def info_of(self, namespace: str) -> StorageInfo:
-        behind = self._storage.info_of(namespace)
+        behind = self.storage.info_of(namespace)
         known = self._infos.get(namespace)
         if known is None or known[0] is not behind:  # Asked for every write: not to be made anew each time.
             known = self._infos[namespace] = (behind, replace(behind, serializes_batches=True))
         return known[1]
 
-    async def create_table(self, table: TableSchema) -> None:
-        await self._storage.create_table(table)
-
-    async def tables(self) -> list[TableSchema]:
-        return await self._storage.tables()
-
-    async def get(self, table: TableSchema, key: Key) -> Row | None:
-        return await self._storage.get(table, key)
-
     async def peek(self, table: TableSchema, key: Key) -> Row | None:
-        return await peek(self._storage, table, key)
-
-    async def scan(self, scan: Scan) -> list[Row]:
-        return await self._storage.scan(scan)
-
-    def pages(self, selection: CrossPartition, page_size: int = 256) -> AsyncIterator[list[Row]]:
-        return self._storage.pages(selection, page_size)
-
-    async def partitions(self, table: TableSchema) -> list[tuple[Value, ...]]:
-        return await self._storage.partitions(table)
+        return await peek(self.storage, table, key)
 
     async def mutate(self, mutations: Sequence[Mutation]) -> None:
-        info = self._storage.info_of(mutations[0].table.namespace) if mutations else None
+        info = self.storage.info_of(mutations[0].table.namespace) if mutations else None
         if info is None or info.serializes_batches:
-            await self._storage.mutate(mutations)
+            await self.storage.mutate(mutations)
             return
         # A batch of two units is the storage's to refuse; until then it queues for the first.
         unit = atomic_unit(info, mutations[0].table, mutations[0].key)
@@ -142,9 +125,9 @@ class PartitionGate:
 
     async def _lead(self, mutations: Sequence[Mutation], others: Sequence[_Waiting]) -> None:
         if not others:
-            return await self._storage.mutate(mutations)
+            return await self.storage.mutate(mutations)
         try:
-            await self._storage.mutate([*mutations, *(each for other in others for each in other.mutations)])
+            await self.storage.mutate([*mutations, *(each for other in others for each in other.mutations)])
         except NoMutationError as error:
             await self._without_the_blamed(mutations, others, error)
         except InvalidOperationError:
@@ -197,13 +180,13 @@ class PartitionGate:
         left = list(others)
         try:
             try:
-                await self._storage.mutate(mutations)
+                await self.storage.mutate(mutations)
             except StorageError as error:
                 refusal = error
             while left:
                 outcome: StorageError | None = None
                 try:
-                    await self._storage.mutate(left[0].mutations)
+                    await self.storage.mutate(left[0].mutations)
                 except StorageError as error:
                     outcome = error
                 _answer(left.pop(0), outcome)
@@ -225,9 +208,6 @@ class PartitionGate:
                 following.turn.set_result(True)
                 return
         del self._queues[unit]
-
-    async def close(self) -> None:
-        await self._storage.close()
 
 
 def _is_conditional(mutations: Sequence[Mutation]) -> bool | None:

@@ -32,7 +32,7 @@ def caching(world: World, *, records: int = 100, seed: int = 1) -> TransactionMa
 
 
 def reads(manager: TransactionManager) -> int:
-    storage = manager._storage._storage  # behind the gate
+    storage = manager._storage.storage  # behind the gate
     assert isinstance(storage, FaultyStorage)
     return sum(map(reads_of(STORED), storage.calls))
 
