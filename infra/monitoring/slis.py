@@ -118,12 +118,11 @@ def _transaction_ratio(outcome: str) -> tuple[str, Callable[[Readings], float]]:
 def _error_ratio(domain: str = "") -> tuple[str, Callable[[Readings], float]]:
     only = f',domain="{domain}"' if domain else ""
     every = f'{{domain="{domain}"}}' if domain else ""
-    promql = (
-        f'(sum(rate({_COMMANDS}{{outcome="dead-lettered"{only}}}[{WINDOW}])) or vector(0)) '
-        f"/ sum(rate({_COMMANDS}{every}[{WINDOW}])) "
-        f'+ (sum(rate({_COMMANDS}{{outcome="refused",reason="conflict"{only}}}[{WINDOW}])) or vector(0)) '
-        f"/ sum(rate({_COMMANDS}{every}[{WINDOW}]))"
+    errors = " + ".join(
+        f"(sum(rate({_COMMANDS}{{{which}{only}}}[{WINDOW}])) or vector(0))"
+        for which in ('outcome="dead-lettered"', 'outcome="refused",reason="conflict"')
     )
+    promql = f"({errors}) / sum(rate({_COMMANDS}{every}[{WINDOW}]))"
 
     def reading(readings: Readings) -> float:
         errors = readings.increase(_COMMANDS, lambda labels: _is_error(labels) and domain in ("", labels["domain"]))
