@@ -128,10 +128,14 @@ class OtlpTracer(Tracer):
         )
         return RecordedSpan(made, span_type) if made.is_recording() else _NoCurrentSpan()
 
-    def child(self, span_type: SpanType, about: str = "", attributes: Attributes | None = None) -> Span:
+    @property
+    def active(self) -> bool:
         # Not "is it recording": what a task does after its parent has ended is still a part of the trace.
         current = otel.get_current_span().get_span_context()
-        if not (current.is_valid and current.trace_flags.sampled):
+        return current.is_valid and current.trace_flags.sampled
+
+    def child(self, span_type: SpanType, about: str = "", attributes: Attributes | None = None) -> Span:
+        if not self.active:
             return NO_SPAN
         made = self._tracer.start_span(span_type.name.format(about), kind=_KINDS[span_type.kind], attributes=attributes)
         return RecordedSpan(made, span_type) if made.is_recording() else NO_SPAN

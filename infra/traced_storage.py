@@ -27,18 +27,24 @@ class TracedStorage(ForwardingStorage):
         self._tracer = tracer
 
     async def get(self, table: TableSchema, key: Key) -> Row | None:
+        if not self._tracer.active:
+            return await self.storage.get(table, key)
         with self._span("get", table) as span:
             row = await self.storage.get(table, key)
             span.note({"db.response.returned_rows": 0 if row is None else 1})
             return row
 
     async def peek(self, table: TableSchema, key: Key) -> Row | None:
+        if not self._tracer.active:
+            return await peek(self.storage, table, key)
         with self._span("get", table) as span:
             row = await peek(self.storage, table, key)
             span.note({"db.response.returned_rows": 0 if row is None else 1})
             return row
 
     async def scan(self, scan: Scan) -> list[Row]:
+        if not self._tracer.active:
+            return await self.storage.scan(scan)
         with self._span("scan", scan.table) as span:
             rows = await self.storage.scan(scan)
             span.note({"db.response.returned_rows": len(rows)})
@@ -54,6 +60,8 @@ class TracedStorage(ForwardingStorage):
             return await self.storage.partitions(table)
 
     async def mutate(self, mutations: Sequence[Mutation]) -> None:
+        if not self._tracer.active:
+            return await self.storage.mutate(mutations)
         with self._span("mutate", *(mutation.table for mutation in mutations)) as span:
             span.note({"db.operation.batch.size": len(mutations)})
             try:

@@ -245,6 +245,11 @@ class Tracer:
 
     on = False
 
+    @property
+    def active(self) -> bool:
+        """Whether there is a current span, so that `child` would make one."""
+        return False
+
     def start(
         self,
         span_type: SpanType,
