@@ -13,13 +13,13 @@ import faulthandler
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from infra.config import WITH_SECRETS, Settings
 from infra.metrics import Metrics, free_name, open_metrics
@@ -37,6 +37,13 @@ EXIT_MOVED = 75
 FOLLOW_EVERY_S = 1.0
 
 
+RAY_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+
+def _of_ray(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: environment[name] for name in RAY_VARIABLES if name in environment}
+
+
 class WorkerSetup(BaseModel):
     """What a running system tells its workers: the settings, and where its servers turned out to be."""
 
@@ -45,6 +52,8 @@ class WorkerSetup(BaseModel):
     settings: Settings
     bootstrap_servers: str
     ray_address: str
+    ray_environment: dict[str, str] = Field(default_factory=lambda: _of_ray(os.environ))
+    """By which this process, and a worker that is nobody's child, gets into Ray."""
 
 
 def setup_path(data_dir: Path) -> Path:
@@ -180,7 +189,7 @@ def run_worker(
     faulthandler.enable()
     from scripts.connections import ray_environment
 
-    os.environ.update(ray_environment(setup.settings))
+    os.environ.update({**setup.ray_environment, **ray_environment(setup.settings)})
     # Before Ray or Faust are imported: prometheus_client learns only at its first import what is shared.
     shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     directory = Path(shared) if shared else setup.settings.data_dir / "metrics"
