@@ -30,7 +30,9 @@ pytestmark = pytest.mark.system
 
 CUSTOMERS = 8
 STALLED = 13
-STORM_S = 24.0
+STORM = (3, 1, 2, 0)
+"""How many workers of its own the system has, one number after the other."""
+
 STALLED_S = 14.0
 """Longer than a storage call may take (10 s), so that deadlines have to show."""
 
@@ -90,6 +92,15 @@ def own_workers(system: System) -> list[tuple[str, int]]:
     return [(one.role, one.pid) for one in system.running.processes(named=False) if one.role.startswith("worker-")]
 
 
+@asynccontextmanager
+async def one_worker_afterwards(system: System) -> AsyncIterator[None]:
+    """Whatever comes of the block, the system is then as other tests expect it."""
+    try:
+        yield
+    finally:
+        await system.concord("workers", "1")
+
+
 class Apart:
     """`concord worker` on the system's directory, a process that the supervisor knows nothing of."""
 
@@ -119,26 +130,21 @@ async def test_workers_that_come_go_and_die_every_few_seconds_lose_and_double_no
     system, rng = stack_system, seeded("storm")
     shop = Shop(system, "storm")
     await shop.open()
-    loop = asyncio.get_running_loop()
 
-    async with shop.busy():
+    async with one_worker_afterwards(system), shop.busy():
         apart = Apart(system, tmp_path / "apart.log")
-        until_s, counts = loop.time() + STORM_S, []
-        while loop.time() < until_s:
-            counts.append(rng.choice([number for number in (1, 2, 3) if number != len(own_workers(system))]))
-            await told(system, "workers", str(counts[-1]))
-            os.kill(rng.choice(own_workers(system))[1], signal.SIGKILL)
+        await eventually(lambda: apart.assigned, "the worker apart to have partitions", within_s=60)
+        for count in STORM:
+            changing = asyncio.ensure_future(told(system, "workers", str(count)))
             await asyncio.sleep(rng.uniform(1, 3))
-        # For a while all of it is the work of the one that runs apart.
-        last = await told(system, "workers", "0")
-        await eventually(lambda: apart.assigned, "the worker apart to have partitions", within_s=30)
-        assert last[-1] == {"workers": []}
-        alone = len(shop.sent)
-        await system.answers(*(command.id for command in shop.sent[:alone]), within_s=60)
+            if there := own_workers(system):
+                os.kill(rng.choice(there)[1], signal.SIGKILL)
+            assert len((await changing)[-1]["workers"]) == count
+        # Now all of it is the work of the one that runs apart.
+        await system.answers(*(command.id for command in shop.sent), within_s=60)
         await told(system, "workers", "1")
         assert await apart.end(signal.SIGTERM) == 0, apart.log.read_text()[-2000:]
 
-    assert len(counts) >= 2
     await shop.all_committed()
     await asyncio.to_thread(system.running.wait_until_ready)
     assert [line["worker"] for line in await told(system, "workers")] == ["worker-0"]
@@ -150,14 +156,15 @@ async def test_everything_restarted_in_turn_under_load_costs_no_command_its_succ
     system = stack_system
     shop = Shop(system, "rolling")
     await shop.open()
-    await told(system, "workers", "2")
-    before = {one.role: one.pid for one in system.running.processes()}
-
-    async with shop.busy():
-        steps = await told(system, "restart")
+    async with one_worker_afterwards(system):
+        await told(system, "workers", "2")
+        before = {one.role: one.pid for one in system.running.processes()}
+        async with shop.busy():
+            steps = await told(system, "restart")
+        after = {one.role: one.pid for one in system.running.processes()}
+        await shop.all_committed()
 
     restarted = [step.get("worker") or step["actor"] for step in steps]
-    after = {one.role: one.pid for one in system.running.processes()}
     kept = {role for role in before if before[role] == after.get(role)}
     assert set(restarted) == {role for role in before if role[-2:-1] == "-"}
     assert restarted[:2] == ["worker-0", "worker-1"]
@@ -166,8 +173,6 @@ async def test_everything_restarted_in_turn_under_load_costs_no_command_its_succ
     assert {"supervisor", "kafka", "cassandra"} <= kept
     assert [step["step"] for step in steps] == ["restarted"] * len(steps)
     assert {step["exit_code"] for step in steps if "worker" in step} == {0}
-    await shop.all_committed()
-    await told(system, "workers", "1")
     await system.check()
 
 
@@ -237,7 +242,7 @@ async def test_while_cassandra_stands_still_the_lag_grows_and_no_process_does(st
         os.kill(cassandra, signal.SIGCONT)
 
     grown = {role: (later[role] - full[role]) / MEBIBYTE for role in processes}
-    assert max(grown.values()) < 4, grown
+    assert max(grown.values()) < 8, grown
     answers = await system.answers(*(command.id for command in many), within_s=90)
     assert Counter((answer["status"], answer["reason"]) for answer in answers) == {("committed", ""): len(many)}
     now = {one.role: one.pid for one in system.running.processes() if one.role in processes}
