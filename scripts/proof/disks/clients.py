@@ -118,8 +118,13 @@ class Client:
 
     def kill(self) -> None:
         """SIGKILL."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        # asyncio's `send_signal` looks first, and would take the end of a process from the watcher that waits for it.
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     async def wait(self) -> None:
         """Wait for its end, and until its last word was heard."""
@@ -128,9 +133,7 @@ class Client:
 
     async def end(self) -> None:
         """Let it finish what is under way, and wait for its end."""
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
+        self._signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(60):
                 await self.wait()
@@ -150,6 +153,7 @@ class Client:
             "unknown": len(ledger.unknown),
             "errors": dict(sorted(self.errors.items())),
             "reads": self.reads,
+            "sums": self.sums.total(),
             "unreadable": dict(sorted(self.unreadable.items())),
             "refused": dict(self.messages.most_common(3)),
         }

@@ -193,12 +193,14 @@ async def traced(
         yield trace
     finally:
         if strace.returncode is None:
+            # Detaches; the process goes on. Not `send_signal`, which looks first, and would take the end of a process
+            # from the watcher that waits for it.
             with contextlib.suppress(ProcessLookupError):
-                strace.send_signal(signal.SIGINT)  # detaches; the process goes on
+                os.kill(strace.pid, signal.SIGINT)
         try:
             await asyncio.wait_for(strace.wait(), 30)
         except TimeoutError:
-            strace.kill()
+            os.kill(strace.pid, signal.SIGKILL)
             await strace.wait()
         if reading is not None:
             await reading
