@@ -503,7 +503,11 @@ class _Page:
 
         # A file that is still empty belongs to a process that was killed before it had written anything.
         files = [str(file) for file in self._directory.glob("*.db") if file.stat().st_size >= 8]
-        yield from _ours(MultiProcessCollector.merge(files))  # type: ignore[no-untyped-call]
+        living = {name for name, _ in _living(self._directory)}
+        for family in _ours(MultiProcessCollector.merge(files)):  # type: ignore[no-untyped-call]
+            # What a worker has in hand it has no more once it is gone; its partitions' lag is the next one's to say.
+            family.samples = [sample for sample in family.samples if sample.labels.get("worker", "") in {"", *living}]
+            yield family
         yield from _looked_at(self._processes, self._parts)
 
 

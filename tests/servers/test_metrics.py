@@ -40,6 +40,7 @@ assert open_metrics(directory, name) is metrics, "asked again after a start that
 metrics.commands.labels("orders", "PlaceOrder", "committed", "").inc(number)
 metrics.batch_size.labels("orders").observe(number)
 metrics.consumer_lag.labels("orders.commands", "0").set(number)
+metrics.waiting_bytes.labels(name).set(number)
 from prometheus_client import Counter
 Counter("somebody_elses", "Not ours.").inc()
 print("counted", flush=True)
@@ -109,6 +110,17 @@ def test_two_living_processes_of_one_name_never_share_a_file(tmp_path: Path) -> 
     assert values["concord_commands_total", PLACED] == 7
     assert sorted(living) == [("orders-0", first.pid), (f"orders-0.{second.pid}", second.pid)]
     assert sharing_processes(tmp_path) == [], "both are gone"
+
+
+def test_what_a_worker_had_in_hand_goes_with_it_and_what_lags_stays(tmp_path: Path) -> None:
+    waiting, lag = "concord_worker_waiting_bytes", "concord_consumer_lag_messages"
+    with counting(tmp_path, "worker-0", 1), counting(tmp_path, "worker-1", 2):
+        living = parse_metrics(metrics_page(tmp_path))
+    gone = parse_metrics(metrics_page(tmp_path))
+
+    assert {dict(labels)["worker"] for name, labels in living if name == waiting} == {"worker-0", "worker-1"}
+    assert [labels for name, labels in gone if name == waiting] == []
+    assert [value for (name, _), value in gone.items() if name == lag] == [2]
 
 
 def test_who_never_comes_back_under_its_name_takes_one_that_is_free(tmp_path: Path) -> None:
