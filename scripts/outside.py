@@ -6,6 +6,7 @@ Asking changes nothing: Kafka is asked for the identity of its cluster, a storag
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -87,7 +88,10 @@ class OutsideStorage:
 
 
 def servers_outside(settings: Settings) -> Sequence[Outside]:
-    """Those that this profile uses and does not start."""
+    """Those that this profile uses and does not start. What asking them comes to is said here, not by their clients."""
+    if settings.profile == "cluster":
+        for client in ("aiokafka", "cassandra"):
+            logging.getLogger(client).setLevel(logging.CRITICAL)
     return (OutsideKafka(settings), OutsideStorage(settings)) if settings.profile == "cluster" else ()
 
 
