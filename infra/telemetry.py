@@ -29,6 +29,7 @@ _LIBRARY_LEVELS: Mapping[str, int] = {
     "ray": logging.WARNING,
     "aiohttp.access": logging.WARNING,
     "urllib3": logging.WARNING,
+    "cassandra": logging.ERROR,  # warns twice a second, with a traceback, while a node is away; its callers are told
 }
 
 _ID_NAMES = ("command_id", "tx_id", "correlation_id")
