@@ -80,6 +80,7 @@ class DomainActor:
         on_recovered: Callable[[str], None] = lambda kind: None,
         tracer: Tracer = OFF,
         on_pruned: Callable[[str, int], None] = lambda table, rows: None,
+        on_in_hand: Callable[[str, int, int], None] = lambda actor, commands, limit: None,
     ) -> None:
         self.name = actor_name(domain.name, shard)
         self.incarnation = ""
@@ -98,6 +99,7 @@ class DomainActor:
         self._on_answer = on_answer
         self._on_committed = on_committed
         self._on_pruned = on_pruned
+        self._on_in_hand = on_in_hand
         self._on_trouble = on_trouble
         self._tracer = tracer
         self._recovery = RecoveryHandler(
@@ -150,7 +152,7 @@ class DomainActor:
             tracer=self._tracer,
         )
         self._tasks = [
-            asyncio.ensure_future(self._every(self._timing.tidy_interval_s, self._participation.tidy)),
+            asyncio.ensure_future(self._every(self._timing.tidy_interval_s, self.tidy)),
             asyncio.ensure_future(self._every(PRUNE_INTERVAL_S, self.prune)),
         ]
 
@@ -230,6 +232,11 @@ class DomainActor:
     async def health(self, batch: list[Any]) -> list[Health]:
         busy = self._as_participant.open_workspaces
         return [Health(self.name, self.incarnation, os.getpid(), busy) for _ in batch]
+
+    async def tidy(self) -> None:
+        """Say how much is in hand, and let go of transactions that nobody cares for any more."""
+        self._on_in_hand(self.name, *self._as_home.in_hand)
+        await self._as_participant.tidy()
 
     async def prune(self) -> int:
         """Delete this shard's outcomes that are older than the window; returns how many."""

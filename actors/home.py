@@ -167,6 +167,11 @@ class Home:
         self._turns: dict[bytes, _Turn] = {}
         self._letting_go: set[asyncio.Task[None]] = set()
 
+    @property
+    def in_hand(self) -> tuple[int, int]:
+        """How many commands were taken and are not answered, and how many are taken at most."""
+        return self.open_commands, self._max_open_commands
+
     async def execute(self, batch: list[RawMessage]) -> list[Answer]:
         """The answer of each message, in order. Those with one key run one after another, others side by side.
 

@@ -58,6 +58,8 @@ class Observer:
     on_sweep: Callable[[str, int, int | None], None] = lambda coordinator, pending, oldest_ms: None
     """What a coordinator finds not settled: how many transactions, and when the oldest began."""
     on_pruned: Callable[[str, int], None] = lambda table, rows: None
+    on_in_hand: Callable[[str, int, int], None] = lambda actor, commands, limit: None
+    """How many commands an actor has taken and not answered, and how many it takes at most; told every now and then."""
     on_storage_call: OnCall | None = None
 
 
@@ -140,6 +142,7 @@ def build_actor(
         on_answer=observer.on_answer,
         on_committed=observer.on_committed,
         on_trouble=observer.on_trouble,
+        on_in_hand=observer.on_in_hand,
         on_recovered=observer.on_recovered,
         tracer=observer.tracer,
         on_pruned=observer.on_pruned,

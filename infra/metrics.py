@@ -188,6 +188,20 @@ COUNTED: tuple[Metric, ...] = (
         "The size from which on a worker fetches no more.",
         ("worker",),
     ),
+    Metric(
+        "commands_in_hand",
+        Kind.GAUGE,
+        "concord_actor_commands_in_hand",
+        "Commands that an actor has taken and not answered.",
+        ("actor",),
+    ),
+    Metric(
+        "commands_in_hand_limit",
+        Kind.GAUGE,
+        "concord_actor_commands_in_hand_limit",
+        "How many it takes at most; others stay in Kafka.",
+        ("actor",),
+    ),
     Metric("batch_size", Kind.HISTOGRAM, "concord_batch_commands", "Commands in a batch.", ("domain",), _COUNTS),
     Metric(
         "storage_seconds",
@@ -292,6 +306,8 @@ class Metrics:
     in_flight_messages: Gauge
     waiting_bytes: Gauge
     waiting_bytes_limit: Gauge
+    commands_in_hand: Gauge
+    commands_in_hand_limit: Gauge
     batch_size: Histogram
     storage_seconds: Histogram
     storage_errors: Counter

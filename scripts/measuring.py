@@ -52,6 +52,10 @@ def observer(metrics: Metrics) -> Observer:
         metrics.intents_pending.labels(coordinator).set(pending)
         metrics.oldest_in_doubt.labels(coordinator).set((oldest_ms or 0) / 1000)
 
+    def on_in_hand(actor: str, commands: int, limit: int) -> None:
+        metrics.commands_in_hand.labels(actor).set(commands)
+        metrics.commands_in_hand_limit.labels(actor).set(limit)
+
     def on_storage_call(storage: str, namespace: str, operation: str, seconds: float, error: str) -> None:
         timed = storage_calls.get((storage, namespace, operation))
         if timed is None:
@@ -72,6 +76,7 @@ def observer(metrics: Metrics) -> Observer:
         on_recovered=lambda kind: metrics.recovered.labels(kind).inc(),
         on_sweep=on_sweep,
         on_pruned=lambda table, rows: metrics.pruned.labels(table).inc(rows),
+        on_in_hand=on_in_hand,
         on_storage_call=on_storage_call,
     )
 

@@ -193,10 +193,12 @@ SECTIONS: tuple[Section, ...] = (
             ),
             Panel(
                 "In flight",
-                "What workers hold, and the size from which on they fetch no more.",
+                "What workers and actors hold, and how near that is to the bound at which they take no more.",
                 (
                     ("concord_worker_in_flight_messages", "{{worker}} messages"),
                     ("concord_worker_waiting_bytes / concord_worker_waiting_bytes_limit", "{{worker}} full"),
+                    ("concord_actor_commands_in_hand", "{{actor}} commands"),
+                    ("concord_actor_commands_in_hand / concord_actor_commands_in_hand_limit", "{{actor}} full"),
                 ),
             ),
             Panel(

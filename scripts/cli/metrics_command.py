@@ -288,7 +288,7 @@ def _processes(readings: Readings, now_s: float) -> list[dict[str, Any]]:
             "memory_bytes": int(memory),
             "open_fds": int(descriptors.get(process, 0)),
             "cpu_cores": _number(cpu_s.get(process, 0.0) / readings.seconds),
-            "age_s": round(now_s - started[process]) if process in started else None,
+            "age_s": max(0, round(now_s - started[process])) if process in started else None,
             "restarts": max(0, int(starts.get(process, 1)) - 1),
         }
         for process, memory in sorted(by_process("concord_process_resident_memory_bytes").items())

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from harness import Fate, System, order
+from harness import Fate, System, in_background, order, until
 
+from actors.home import MAX_OPEN_COMMANDS
 from actors.messages import Trouble
 from actors.system import Observer
 from infra.storage.port import Storage
@@ -20,12 +21,14 @@ class Notes:
         self.answered: list[tuple[str, str]] = []
         self.sweeps: list[tuple[str, int, int | None]] = []
         self.pruned: Counter[str] = Counter()
+        self.in_hand: set[tuple[str, int, int]] = set()
         self.calls: Counter[tuple[str, str, str]] = Counter()
         self.observer = Observer(
             on_answer=lambda domain, answer, seconds: self.answered.append((answer.id, answer.status)),
             on_committed=lambda domain: self.committed.update([domain]),
             on_sweep=lambda *sweep: self.sweeps.append(sweep),
             on_pruned=lambda table, rows: self.pruned.update({table: rows}),
+            on_in_hand=lambda *hand: self.in_hand.add(hand),
             on_storage_call=self._called,
         )
 
@@ -91,6 +94,19 @@ async def test_pruned_rows_are_told_by_table(memory: Storage) -> None:
 
     assert notes.pruned["orders.outcomes"] == pruned["orders-0"] + pruned.get("orders-1", 0) > 0
     assert notes.pruned["coordinator.state"] == pruned["coordinator-0"] > 0
+
+
+async def test_what_an_actor_has_in_hand_is_told_with_its_bound_while_storage_is_away(memory: Storage) -> None:
+    notes = Notes()
+    async with await opened(notes, memory) as system:
+        await system.open_shop(products=1, customers=1)
+        home = system.home(order("o-1"))
+        await until(lambda: (home, 0, MAX_OPEN_COMMANDS) in notes.in_hand)
+
+        system.storage.down = True
+        async with in_background(system.send(order("o-1"), "order-1")):
+            await until(lambda: (home, 1, MAX_OPEN_COMMANDS) in notes.in_hand)
+            system.storage.down = False
 
 
 async def test_trouble_is_told_as_it_was(memory: Storage) -> None:
