@@ -166,23 +166,27 @@ def processes_of_run() -> list[tuple[str, int]]:
     found = [("supervisor", os.getpid())]
     run = os.environ.get(guard.MARK)
     for pid in guard.marked(run) if run else ():
-        name = _name_of(pid)
+        name = name_of(_command_line(pid))
         if name is not None:
             found.append((name, pid))
     return found
 
 
-_SERVERS = {"kafka": "kafka", "CassandraDaemon": "cassandra"}
-"""What the main class of a server's JVM has in its name."""
+_SERVERS = {"kafka.Kafka": "kafka", "org.apache.cassandra.service.CassandraDaemon": "cassandra"}
+"""The main classes of servers that run on this machine."""
 
 
-def _name_of(pid: int) -> str | None:
+def _command_line(pid: int) -> list[str]:
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
     except OSError:  # gone meanwhile
-        return None
+        return [""]
+
+
+def name_of(words: list[str]) -> str | None:
+    """What a process is, by its command line; None for those that say so themselves, and for what is not ours."""
     if words[0].startswith("ray::"):
         return None if words[0].startswith("ray::ConcordActor") else "ray"
     if Path(words[0]).name == "java":
-        return next((name for sign, name in _SERVERS.items() if any(sign in word for word in words[1:])), "java")
+        return next((_SERVERS[word] for word in words if word in _SERVERS), "java")
     return "ray" if any("/ray/" in word for word in words) else None

@@ -30,7 +30,7 @@ from schemas.outcome import Answer, EmittedEvent
 from scripts.cli.main import app
 from scripts.cli.metrics_command import drawn, summary
 from scripts.exporter import Exporter
-from scripts.measuring import observer, parts_ready
+from scripts.measuring import name_of, observer, parts_ready
 
 NOW_S = 1_000_000.0
 
@@ -326,3 +326,24 @@ def test_the_exporter_serves_the_page_of_a_directory_and_nothing_else(tmp_path: 
     finally:
         exporter.shutdown()
         exporter.server_close()
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (
+            ["/opt/java/bin/java", "-Xmx512m", "-Dlog=/data/cassandra", "kafka.Kafka", "/data/server.properties"],
+            "kafka",
+        ),
+        (["java", "-Dx=/srv/kafka.Kafka/", "org.apache.cassandra.service.CassandraDaemon"], "cassandra"),
+        (["java", "-jar", "else.jar"], "java"),
+        (["ray::IDLE"], "ray"),
+        (["/venv/lib/python3.11/site-packages/ray/core/src/ray/raylet/raylet", "--x"], "ray"),
+        (["ray::ConcordActor.execute"], None),
+        (["python", "-m", "scripts.worker"], None),
+    ],
+)
+def test_processes_that_count_nothing_themselves_are_known_by_their_programs(
+    words: list[str], name: str | None
+) -> None:
+    assert name_of(words) == name
