@@ -88,7 +88,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class _Copied:
+class Copied:
     """What was done in the pause."""
 
     tables: tuple[StoredTable, ...]
@@ -110,7 +110,7 @@ async def create_backup(
         raise BackupFailedError(f"{error.filename} was begun in this very second: make one backup at a time.") from None
     try:
         async with _reach(system, settings, progress) as reached:
-            copied = await _copy(reached, directory, options, progress)
+            copied = await copy(reached, directory, options, progress)
             progress("Copying the topics" if options.everything else "Copying unfinished commands")
             partitions = [
                 await log.copy_out(reached.place.kafka, partition, directory, everything=options.everything)
@@ -141,22 +141,24 @@ async def create_backup(
 
 
 @dataclass(frozen=True)
-class _Reached:
+class Reached:
+    """The system's servers, and of one that runs its domain actors."""
+
     place: AtRest
     runtime: Runtime | None
     actors: Sequence[str] = ()
 
 
 @asynccontextmanager
-async def _reach(system: System, settings: Settings, progress: Progress) -> AsyncIterator[_Reached]:
+async def _reach(system: System, settings: Settings, progress: Progress) -> AsyncIterator[Reached]:
     """The running system's servers and actors; of one at rest its servers, started for this if they are ours."""
     if not system.running:
         async with at_rest(settings, progress) as place:
-            yield _Reached(place, None)
+            yield Reached(place, None)
         return
     storage = open_storage(settings)
     try:
-        yield _Reached(
+        yield Reached(
             AtRest(settings, storage, system.kafka),
             _connect(settings),
             [name for name in system_config(settings).placement.actors() if not name.startswith("coordinator")],
@@ -178,7 +180,7 @@ def _connect(settings: Settings) -> Runtime:
 # --- what is done in the pause ---------------------------------------------------------------------------------------
 
 
-async def _copy(reached: _Reached, directory: Path, options: Options, progress: Progress) -> _Copied:
+async def copy(reached: Reached, directory: Path, options: Options, progress: Progress) -> Copied:
     storage, kafka = reached.place.storage, reached.place.kafka
     found = [table for table in await storage.tables() if table.namespace not in DERIVED]
     if not found:
@@ -209,7 +211,7 @@ async def _copy(reached: _Reached, directory: Path, options: Options, progress: 
         finally:
             await snapshot_storage.close()
             await asyncio.to_thread(shutil.rmtree, snapshot)
-    return _Copied(copied, partitions, paused_ms)
+    return Copied(copied, partitions, paused_ms)
 
 
 async def _until_settled(storage: Storage, found: Sequence[TableSchema]) -> None:
