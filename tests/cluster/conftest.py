@@ -1,4 +1,5 @@
-"""One protected server of each kind for the whole session, and after each test a look for secrets in what was told."""
+"""One protected server of each kind for each module that wants it, which is too much to keep for a whole session; and
+after each test a look for secrets in what was told."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ PLANTED = "planted-"
 """What every secret of these tests begins with."""
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def secure_kafka(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SecureKafka]:
     """A Kafka that asks who one is; tests make topics of their own on it."""
     async with running_secure_kafka(tmp_path_factory.mktemp("secure-kafka")) as kafka:
         yield kafka
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def secure_cassandra(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SecureCassandra]:
     """A Cassandra that asks who one is; tests make keyspaces of their own on it."""
     async with running_secure_cassandra(tmp_path_factory.mktemp("secure-cassandra")) as cassandra:
@@ -36,5 +37,7 @@ def no_secret_is_told(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFix
     for name, least in _LIBRARY_LEVELS.items():
         caplog.set_level(least, logger=name)
     yield
-    told = "".join((caplog.text, *capfd.readouterr()))
+    # Each phase of a test has records of its own; here it is the last one's turn.
+    logged = [caplog.handler.format(record) for phase in ("setup", "call") for record in caplog.get_records(phase)]
+    told = "\n".join((*logged, *capfd.readouterr()))
     assert PLANTED not in told, [line for line in told.splitlines() if PLANTED in line]
