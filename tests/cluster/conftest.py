@@ -33,9 +33,9 @@ async def secure_cassandra(tmp_path_factory: pytest.TempPathFactory) -> AsyncIte
 @pytest.fixture(autouse=True)
 def no_secret_is_told(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     """Nothing that is logged at level debug, as `configure_logging` sets it, or written to a stream has a secret."""
-    caplog.set_level(logging.DEBUG)
     for name, least in _LIBRARY_LEVELS.items():
         caplog.set_level(least, logger=name)
+    caplog.set_level(logging.DEBUG)  # last, since each sets the handler's level as well
     yield
     # Each phase of a test has records of its own; here it is the last one's turn.
     logged = [caplog.handler.format(record) for phase in ("setup", "call") for record in caplog.get_records(phase)]
