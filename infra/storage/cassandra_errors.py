@@ -17,7 +17,7 @@ applied then, so only a read at SERIAL (which completes or discards it) or a com
 
 from __future__ import annotations
 
-import ssl
+import re
 
 from cassandra import (
     AlreadyExists,
@@ -50,6 +50,8 @@ CAS_WRITE_UNKNOWN = 0x1700
 
 _REFUSED = (AlreadyExists, InvalidRequest, SyntaxException, ConfigurationException)
 
+_TLS = re.compile(r"\[SSL[^\]]*\] (.+?) \(_ssl")
+
 _REMEDY_UNREACHABLE = "see that Cassandra runs and that its address, port and data centre are those in the settings"
 _REMEDY_UNTRUSTED = (
     "see that TLS is on in the settings just where it is on in Cassandra, that the certificates to trust are those that"
@@ -68,10 +70,11 @@ def connect_error(error: Exception, what: str) -> StorageError:
         return UnusableStorageError(
             f"{what} refuses the user name or the password", remedy="correct username and password in the settings"
         )
-    cause = next((cause for cause in causes if isinstance(cause, ssl.SSLError)), causes[0] if causes else error)
-    if isinstance(cause, ssl.SSLError):
-        said = cause.verify_message if isinstance(cause, ssl.SSLCertVerificationError) else cause.reason
-        return UnusableStorageError(f"{what} cannot be trusted: {said}", remedy=_REMEDY_UNTRUSTED)
+    cause = causes[0] if causes else error
+    # The driver passes on what TLS said in words alone.
+    refusal = next((found for each in (*causes, error) if (found := _TLS.search(str(each)))), None)
+    if refusal is not None:
+        return UnusableStorageError(f"{what} cannot be trusted: {refusal[1]}", remedy=_REMEDY_UNTRUSTED)
     return UnavailableStorageError(f"{what} cannot be reached: {_said(cause)}", remedy=_REMEDY_UNREACHABLE)
 
 
