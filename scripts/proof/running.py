@@ -40,6 +40,10 @@ VIEWS = "views-0"
 """The one actor that takes part in no transaction, and so has no incarnation."""
 
 
+SERVERS = ("supervisor", "kafka", "cassandra", "ray")
+"""Roles that a command line tells, beside those of workers."""
+
+
 class NotAsAskedError(Exception):
     """The system did not do what it was asked to; the text says what it said last."""
 
@@ -240,12 +244,16 @@ class RunningSystem:
     def pid_of(self, role: str, *, timeout_s: float = 30) -> int:
         """The process of a role. Raises NotAsAskedError where there is none even after a while."""
         deadline_s = time.monotonic() + timeout_s
+        # Which process is which actor, only the storage knows; which one is the storage must be found without it.
+        named = role not in SERVERS and not role.startswith("worker-")
         while True:
-            for process in self.processes():
+            for process in self.processes(named=named):
                 if process.role == role:
                     return process.pid
             if time.monotonic() > deadline_s:
-                raise NotAsAskedError(f"no process is {role}; there are {sorted(p.role for p in self.processes())}")
+                raise NotAsAskedError(
+                    f"no process is {role}; there are {sorted(p.role for p in self.processes(named=named))}"
+                )
             time.sleep(0.1)
 
     def _run(self) -> str:
