@@ -86,10 +86,10 @@ class SessionSettings:
 
 @dataclass(frozen=True, slots=True)
 class _Check:
-    """A setting that every node must have another value for than the refused one."""
+    """A setting that no node may have a refused value for."""
 
     setting: str
-    refused: str
+    refused: Callable[[str], bool]
     applies: Callable[[SessionSettings], bool]
     wrong: str
     remedy: str
@@ -99,7 +99,7 @@ class _Check:
 _CHECKS = (
     _Check(
         "commitlog_sync",
-        "periodic",
+        lambda value: value == "periodic",
         lambda settings: not settings.allow_periodic,
         "has commitlog_sync: periodic, so that it answers writes which a power failure can still take back",
         "set commitlog_sync to batch or group in the cassandra.yaml of every node and restart it",
@@ -107,7 +107,7 @@ _CHECKS = (
     ),
     _Check(
         "authenticator",
-        "AllowAllAuthenticator",
+        lambda value: value == "None" or "AllowAllAuthenticator" in value,  # None: it is the default
         lambda settings: settings.only_authenticated,
         "has authenticator: AllowAllAuthenticator, so that it lets everybody in, whatever credentials they show",
         "set authenticator to PasswordAuthenticator in the cassandra.yaml of every node and restart it",
@@ -348,7 +348,7 @@ class CassandraSession:
                 if not check.applies(self._settings):
                     continue
                 value = await self._setting_of(host, check.setting, session)
-                if value is not None and check.refused in value:
+                if value is not None and check.refused(value):
                     raise UnusableStorageError(f"the node {host.endpoint} {check.wrong}", remedy=check.remedy)
                 if value is None and check.setting not in self._warned:
                     self._warned.add(check.setting)
