@@ -42,7 +42,7 @@ from streams.acknowledger import Acknowledger
 from streams.asking import Patience
 from streams.command_processor import CommandProcessor
 from streams.health import HealthServer
-from streams.kafka_transport import Consumer, Transport, credentials, first_offset
+from streams.kafka_transport import App, Consumer, Transport, credentials, first_offset
 from streams.lag import LagMonitor
 from streams.partitions import Limits, Partition, Pipelines, Progress, Received
 from streams.projections import VIEW_ACTOR, Projection
@@ -100,28 +100,10 @@ class WorkerObserver:
     tracer: Tracer = OFF
 
 
-class _App(faust.App):
-    """Faust's application, which goes on being a member of its group until it has stopped.
-
-    Faust itself closes the connection to Kafka when the group rebalances while it stops, as it does whenever two
-    workers come or go at once: what was finished could then not be acknowledged, nor could the group be left.
-    """
-
-    async def _on_partitions_revoked(self, revoked: set[TP]) -> None:
-        if self.should_stop:
-            await self.on_partitions_revoked.send(revoked)
-        else:
-            await super()._on_partitions_revoked(revoked)
-
-    async def _on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
-        if not self.should_stop:  # else these are given up in a moment
-            await super()._on_partitions_assigned(assigned, generation_id)
-
-
 def build_faust_app(options: WorkerOptions) -> faust.App:
     """The Faust application of one worker, without agents. Faust declares no topics and serves no pages."""
     kafka = KafkaConnection.of(options.kafka)
-    app = _App(
+    app = App(
         options.consumer_group,
         broker=[f"aiokafka://{server.strip()}" for server in kafka.bootstrap_servers.split(",")],
         broker_credentials=credentials(kafka),

@@ -7,6 +7,8 @@ Faust 0.15.3 reads, heartbeats and rebalances here; it commits nothing. Its own 
 - After a rebalance it goes back to the committed offsets, but leaves partitions without one (or with offset 0) where
   they are, behind messages that it has just thrown away. `seek_to_committed` seeks every partition.
 - aiokafka reports a membership that is lost for good to whoever polls, and Faust polls past it: `membership_error`.
+- When the group rebalances while it stops, as it does when two workers leave at once, it closes the connection: what
+  was finished could not be acknowledged then, nor could the group be left. `App` does as at any other rebalance.
 
 The consumer lives in a thread with a loop of its own. Every public coroutine here may be awaited in the main loop.
 """
@@ -18,6 +20,7 @@ import logging
 from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
+import faust
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import CommitFailedError
 from aiokafka.structs import OffsetAndMetadata
@@ -160,6 +163,20 @@ def credentials(kafka: KafkaConnection) -> CredentialsT | None:
     return SASLCredentials(
         username=sasl.username, password=sasl.password(), ssl_context=context, mechanism=sasl.mechanism
     )
+
+
+class App(faust.App):
+    """Faust's application, which goes on being a member of its group until it has stopped."""
+
+    async def _on_partitions_revoked(self, revoked: set[TP]) -> None:
+        if self.should_stop:
+            await self.on_partitions_revoked.send(revoked)
+        else:
+            await super()._on_partitions_revoked(revoked)
+
+    async def _on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
+        if not self.should_stop:  # else these are given up in a moment
+            await super()._on_partitions_assigned(assigned, generation_id)
 
 
 async def first_offset(kafka: Kafka, partition: Partition, offset: int) -> int | None:
