@@ -85,3 +85,28 @@ async def test_a_worker_that_comes_back_under_its_name_finds_its_partitions_and_
     _, health = await second.get("/healthz")
     assert len(health["partitions"]) == 1
     await assert_each_answered_in_key_order(world, sent)
+
+
+async def test_a_group_that_rebalances_while_a_worker_stops_does_not_keep_it_from_acknowledging_and_leaving(
+    world: FlowWorld,
+) -> None:
+    first, second, idle = [await world.start_local(f"worker-{number}", **PATIENT_SESSION) for number in range(3)]
+    await until(lambda: shares(first, second, idle) == [0, 1, 1])
+    world.hold_path.touch()
+    await world.send([("h", b"key-0", b"hold")])
+    await until(lambda: any("h" in line["ids"] for line in world.journal()))
+    busy = next(one for one in (first, second, idle) if any(p.at_work for p in one.stream_worker.progress().values()))
+    others = [one for one in (first, second, idle) if one is not busy]
+
+    busy.stream_worker.leave()
+    others[0].stream_worker.leave()  # it has nothing to finish, so that the group rebalances at once
+    await others[0].run
+    await asyncio.sleep(1.5)  # three heartbeats: the one that stops has heard of it
+    assert not busy.run.done()
+    world.hold_path.unlink()
+    await asyncio.wait_for(busy.run, 5)
+    await until(lambda: shares(others[1]) == [2])
+    await world.send([("later", b"key-0", b"{}")])
+    await world.wait_for_acknowledged(2)
+
+    assert await world.result_ids() == ["h", "later"], "something was done twice without a fault"
