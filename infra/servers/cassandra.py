@@ -179,7 +179,7 @@ class LocalCassandra(LocalNode):
         ),
         Cause(
             # The commit log is a sparse file in memory: there is no page for what is written to it on a full disk.
-            re.compile("a fault occurred in an? (?:recent )?unsafe memory access operation"),
+            re.compile("a fault occurred in an? (?:recent )?unsafe memory access operation|SIGBUS"),
             DirectoryError,
             "Cassandra could not write its commit log: the disk is full.",
             "Make room, or choose another directory with {setting}.",

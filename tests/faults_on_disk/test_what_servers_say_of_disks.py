@@ -15,14 +15,20 @@ UNMAPPED = (
     "java.lang.InternalError: a fault occurred in a recent unsafe memory access operation in compiled Java code",
     "\tat org.apache.cassandra.db.commitlog.MemoryMappedSegment.<init>(MemoryMappedSegment.java:54)",
 )
+CRASHED = (
+    "# A fatal error has been detected by the Java Runtime Environment:",
+    "#  SIGBUS (0x7) at pc=0x00007f554093914e, pid=20381, tid=21047",
+    "# v  ~StubRoutines::updateBytesCRC32",
+)
 
 
 def explained(server: type[LocalCassandra] | type[LocalKafka], directory: Path, *lines: str) -> ServerError:
     return server(directory)._explain(f"{server.server} ended.", lines)
 
 
-def test_a_commit_log_without_a_page_is_a_full_disk(tmp_path: Path) -> None:
-    error = explained(LocalCassandra, tmp_path, ARGUMENTS, *UNMAPPED)
+@pytest.mark.parametrize("said", [UNMAPPED, CRASHED], ids=["InternalError", "SIGBUS"])
+def test_a_commit_log_without_a_page_is_a_full_disk(tmp_path: Path, said: tuple[str, ...]) -> None:
+    error = explained(LocalCassandra, tmp_path, ARGUMENTS, *said)
 
     assert isinstance(error, DirectoryError)
     assert "the disk is full" in str(error)
