@@ -58,7 +58,7 @@ async def test_a_refused_order_leaves_nothing_in_any_keyspace(stack_system: Syst
     too_much = order("refused-0", "R-1", ("refused-goods", "tea", 1, 250), ("refused-goods", "cup", 21, 900))
     [answer] = await system.send(too_much)
 
-    assert (answer["status"], answer["reason"]) == ("refused", "insufficient_stock")
+    assert (answer["status"], answer["reason"]) == ("refused", "out_of_stock")
     assert [row["reserved"] for row in await dumped(system, "inventory.products", "refused-goods")] == [0, 0]
     assert [row["balance"] for row in await dumped(system, "payment.wallets", "refused-0")] == [10**8]
     assert await dumped(system, "orders.orders", "refused-0") == []
