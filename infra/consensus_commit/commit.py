@@ -21,6 +21,7 @@ from typing import Any
 from infra.clock import Clock
 from infra.consensus_commit.coordinator import CoordinatorStates
 from infra.consensus_commit.errors import CommitConflictError
+from infra.consensus_commit.group_commit import GroupCommit, Member
 from infra.consensus_commit.journal import Journal
 from infra.consensus_commit.parallel import in_parallel
 from infra.consensus_commit.participant import ParticipantTransaction
@@ -50,57 +51,60 @@ async def commit(
     before_commit_state: BeforeCommitState | None = None,
     journal: Journal | None = None,
     settle: Settle = settle_now,
+    groups: GroupCommit | None = None,
+    at_leisure: bool = False,
 ) -> None:
     """Commit what `participants` read and wrote as `tx_id`.
 
     `before_commit_state` is begun with the first prepare and has ended before the state is committed; if it raises,
     the transaction is aborted. `journal` writes down what is about to be touched, for whoever has to clean up after
-    this process; `settle` runs what comes after the commit.
+    this process; `settle` runs what comes after the commit; `groups` lets it share its state row with others, under
+    the id that its participants then have; `at_leisure` says that nobody waits for what `settle` runs.
 
     Raises a TransactionConflictError or what a participant raised when nothing took effect,
     UnknownTransactionStatusError when nobody can tell.
     """
+    member: Member | None = None
     try:
-        writers, committed_at_ms = await _commit(
-            tx_id, participants, states, clock, one_phase_commit, before_commit_state, journal
-        )
+        writers = await _writers(participants)
+        if not writers:  # Nothing to decide: no state row, but what was read must have been true at one time.
+            await _validate_records(participants)
+            committed_at_ms = clock.now_ms()
+        elif one_phase_commit and before_commit_state is None and _fits_one_phase(participants, writers):
+            committed_at_ms = clock.now_ms()
+            await writers[0].commit_one_phase(committed_at_ms)
+            writers = []
+        else:
+            if groups is not None:
+                member = await groups.join(tx_id)
+                tx_id = member.tx_id
+                for participant in participants:
+                    participant.take_id(tx_id)
+            if journal is not None:
+                partitions = [partition for writer in writers for partition in writer.written_partitions()]
+                await journal.begin(tx_id, partitions)
+            committed_at_ms = await _decide(
+                tx_id, participants, writers, states, clock, before_commit_state, journal, member
+            )
     except BaseException:
         for participant in participants:
             participant.note_failed()
         if journal is not None:
             journal.leave(tx_id)  # What is left of it, if anything, is the sweeper's.
         raise
+    finally:
+        if member is not None:
+            member.leave()
     for participant in participants:
         participant.note_committed(committed_at_ms)
     if writers:
-        await settle(tx_id, _finish(tx_id, writers, committed_at_ms, journal))
+        await settle(tx_id, _finish(tx_id, writers, committed_at_ms, journal, at_leisure))
 
 
-async def _commit(
-    tx_id: str,
-    participants: Sequence[ParticipantTransaction],
-    states: CoordinatorStates,
-    clock: Clock,
-    one_phase_commit: bool,
-    before_commit_state: BeforeCommitState | None,
-    journal: Journal | None,
-) -> tuple[Sequence[ParticipantTransaction], int]:
-    """Those whose records are still to be committed, and when the transaction was (ms)."""
+async def _writers(participants: Sequence[ParticipantTransaction]) -> Sequence[ParticipantTransaction]:
+    """Those that have something to write, once they have read what they write without having read it."""
     await in_parallel([participant.pre_read() for participant in participants])
-    writers = [participant for participant in participants if participant.has_writes]
-
-    if not writers:  # Nothing to decide: no state row, but what was read must have been true at one time.
-        await _validate_records(participants)
-        return [], clock.now_ms()
-
-    if one_phase_commit and before_commit_state is None and _fits_one_phase(participants, writers):
-        committed_at_ms = clock.now_ms()
-        await writers[0].commit_one_phase(committed_at_ms)
-        return [], committed_at_ms
-
-    if journal is not None:
-        await journal.begin(tx_id, [partition for writer in writers for partition in writer.written_partitions()])
-    return writers, await _decide(tx_id, participants, writers, states, clock, before_commit_state, journal)
+    return [participant for participant in participants if participant.has_writes]
 
 
 async def _decide(
@@ -111,6 +115,7 @@ async def _decide(
     clock: Clock,
     before_commit_state: BeforeCommitState | None,
     journal: Journal | None,
+    member: Member | None,
 ) -> int:
     """Prepare, validate and commit the state; when it was committed (ms), or what kept it from being."""
     side_work = asyncio.ensure_future(before_commit_state()) if before_commit_state else None
@@ -122,14 +127,18 @@ async def _decide(
     except Exception:
         if side_work is not None:
             await asyncio.wait([side_work])
+        if member is not None:
+            member.leave()
         await _abort(tx_id, writers, states, journal)
         raise
     finally:  # Of use only to a commit that was cancelled; its records are left to recovery.
         if side_work is not None:
             side_work.cancel()
 
-    committed_at_ms = clock.now_ms()
     try:
+        if member is not None:
+            return await member.commit_state()
+        committed_at_ms = clock.now_ms()
         await states.commit_state(tx_id, committed_at_ms)
     except CommitConflictError:  # Aborted already, by somebody who met the records.
         await _rollback_records(writers)
@@ -141,11 +150,15 @@ async def _decide(
 
 
 async def _finish(
-    tx_id: str, writers: Sequence[ParticipantTransaction], committed_at_ms: int, journal: Journal | None
+    tx_id: str,
+    writers: Sequence[ParticipantTransaction],
+    committed_at_ms: int,
+    journal: Journal | None,
+    at_leisure: bool,
 ) -> None:
     """Make the records of a committed transaction say so. What cannot be settled now is left to whoever meets it."""
     try:
-        if await _commit_records(writers, committed_at_ms) and journal is not None:
+        if await _commit_records(writers, committed_at_ms, at_leisure) and journal is not None:
             journal.settled(tx_id)
     finally:
         if journal is not None:
@@ -160,8 +173,8 @@ async def _validate_records(participants: Sequence[ParticipantTransaction]) -> N
     await in_parallel([participant.validate_records() for participant in participants])
 
 
-async def _commit_records(writers: Sequence[ParticipantTransaction], committed_at_ms: int) -> bool:
-    return all(await in_parallel([writer.commit_records(committed_at_ms) for writer in writers]))
+async def _commit_records(writers: Sequence[ParticipantTransaction], committed_at_ms: int, at_leisure: bool) -> bool:
+    return all(await in_parallel([writer.commit_records(committed_at_ms, at_leisure=at_leisure) for writer in writers]))
 
 
 async def _rollback_records(writers: Sequence[ParticipantTransaction]) -> bool:
@@ -176,7 +189,7 @@ async def _abort(
     Once every record was seen rolled back, no write of this transaction can be under way any more: with a journal,
     which says that nobody else writes under its id, the ABORTED row is then forgotten (rule 8).
     """
-    winner = await states.abort_state(tx_id)
+    winner = await states.abort_state(tx_id, own=True)
     assert winner.state is TransactionState.ABORTED, f"{tx_id} was committed by somebody else, and only we may"
     if await _rollback_records(writers) and journal is not None:
         try:

@@ -7,12 +7,14 @@ transaction puts ABORTED and obeys the winner; looking alone aborts nobody.
 A put whose outcome is unknown is tried again: the row is the same whoever wrote it, so that a second put either
 decides or meets the decision. What is never done is to guess.
 
-Java programs may commit in groups: one row under a parent id lists the children that it commits, and a slow child has
-a row of its own under its full id, `parent$child`. Such rows are understood here and never written, except to abort:
-first an ABORTED parent row without children, which keeps a late group from committing, then one under the full id.
+Transactions may commit in groups (`group_commit.py`, and Java programs): one row under a parent id lists the children
+that it commits, and a slow child has a row of its own under its full id, `parent$child`. Who wants to abort another's
+puts an ABORTED parent row without children first, which keeps a late group from committing, then one under the full
+id. Who aborts its own has left its group, and puts the latter alone.
 
-The table is created with exactly ScalarDB's columns without group commit and write-set logging. One that has those
-columns (`tx_child_ids`, `tx_write_set`), because a Java program made it, is used as it is.
+The table is created with exactly ScalarDB's columns without write-set logging, and without group commit unless that is
+asked for. One that has those columns (`tx_child_ids`, `tx_write_set`), because a Java program made it, is used as it
+is.
 
 Source: ScalarDB's CoordinatorStateAccessor and CommitHandler. Never touches user records.
 """
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -30,7 +32,11 @@ from infra.consensus_commit.errors import CommitConflictError, UnknownTransactio
 from infra.consensus_commit.intents import Intent, IntentLog, records_intent
 from infra.consensus_commit.states import TransactionState
 from infra.failpoints import reach
-from infra.storage.errors import NoMutationError, UnavailableStorageError, UnknownOutcomeError
+from infra.storage.errors import (
+    NoMutationError,
+    UnavailableStorageError,
+    UnknownOutcomeError,
+)
 from infra.storage.operations import (
     ColumnCondition,
     DataType,
@@ -43,11 +49,12 @@ from infra.storage.operations import (
     TableSchema,
     Value,
 )
-from infra.storage.port import Storage
+from infra.storage.port import Storage, add_column
 
 Sleep = Callable[[float], Awaitable[None]]
 
-OPTIONAL_COLUMNS: Mapping[str, DataType] = {"tx_child_ids": DataType.TEXT, "tx_write_set": DataType.BLOB}
+CHILD_IDS = "tx_child_ids"
+OPTIONAL_COLUMNS: Mapping[str, DataType] = {CHILD_IDS: DataType.TEXT, "tx_write_set": DataType.BLOB}
 """What the state table has besides where a Java program made it, with group commit or write-set logging on."""
 _KNOWN_AT_MOST = 10_000
 
@@ -76,6 +83,11 @@ def group_and_child(tx_id: str) -> tuple[str, str] | None:
     return tx_id[:PARENT_ID_LENGTH], tx_id[PARENT_ID_LENGTH + 1 :]
 
 
+def id_in_group(group_id: str, child_id: str) -> str:
+    """The id of a transaction in a group: what `group_and_child` takes apart."""
+    return f"{group_id}${child_id}"
+
+
 @dataclass(frozen=True, slots=True)
 class Pruned:
     """How many state rows a pruning forgot."""
@@ -85,7 +97,10 @@ class Pruned:
 
 
 class CoordinatorStates:
-    """The state table. `tries` and `backoff_ms` (doubled each time) are for puts that storage did not serve."""
+    """The state table. `tries` and `backoff_ms` (doubled each time) are for puts that storage did not serve.
+
+    `group_commit`: see to it that the table can hold groups.
+    """
 
     def __init__(
         self,
@@ -93,12 +108,14 @@ class CoordinatorStates:
         clock: Clock,
         *,
         namespace: str = "coordinator",
+        group_commit: bool = False,
         tries: int = 5,
         backoff_ms: int = 50,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
         self._storage = storage
         self._clock = clock
+        self._group_commit = group_commit
         self._tries = tries
         self._backoff_ms = backoff_ms
         self._sleep = sleep
@@ -117,6 +134,10 @@ class CoordinatorStates:
         Raises InvalidOperationError if a table of that name has other columns than ScalarDB would give it.
         """
         await self._adopt()
+        if self._group_commit and CHILD_IDS not in self.table.columns:
+            if self._is_adopted:
+                await add_column(self._storage, self.table, CHILD_IDS, OPTIONAL_COLUMNS[CHILD_IDS])
+            self.table = replace(self.table, columns={**self.table.columns, CHILD_IDS: OPTIONAL_COLUMNS[CHILD_IDS]})
         await self._storage.create_table(self.table)
         self._is_adopted = True
 
@@ -145,7 +166,7 @@ class CoordinatorStates:
         row = await self._storage.get(self.table, Key((tx_id,)))
         if row is None:
             return None
-        children = cast("str | None", row.get("tx_child_ids"))
+        children = cast("str | None", row.get(CHILD_IDS))
         return StateRow(
             tx_id,
             TransactionState(cast(int, row["tx_state"])),
@@ -196,13 +217,38 @@ class CoordinatorStates:
         self._remember(StateRow(tx_id, TransactionState.COMMITTED, committed_at_ms))
         await reach("commit_state.after")
 
-    async def abort_state(self, tx_id: str) -> StateRow:
+    async def commit_group(self, group_id: str, child_ids: Sequence[str], committed_at_ms: int) -> None:
+        """Commit the transactions `group_id$child` of all `child_ids`, as of `committed_at_ms`, by one row.
+
+        Raises CommitConflictError if the group has been decided otherwise: then none of them is decided, and each may
+        still be committed by itself. Else like `commit_state`.
+        """
+        await reach("commit_state.before")
+        try:
+            await self._put(group_id, TransactionState.COMMITTED, committed_at_ms, child_ids)
+        except NoMutationError:
+            try:
+                winner = await self._get(group_id)
+            except UnavailableStorageError as error:
+                raise UnknownTransactionStatusError(f"the state of {group_id} cannot be read", group_id) from error
+            if winner is None:
+                raise UnknownTransactionStatusError(
+                    f"the state of {group_id} was decided and pruned", group_id
+                ) from None
+            if not {*child_ids} <= {*winner.child_ids}:
+                raise CommitConflictError(f"the group {group_id} was decided without {child_ids}") from None
+        for child_id in child_ids:
+            tx_id = id_in_group(group_id, child_id)
+            self._remember(StateRow(tx_id, TransactionState.COMMITTED, committed_at_ms))
+        await reach("commit_state.after")
+
+    async def abort_state(self, tx_id: str, *, own: bool = False) -> StateRow:
         """Abort `tx_id` unless it is decided; the decision that stands, to be obeyed.
 
-        Raises UnknownTransactionStatusError if storage did not say, UnavailableStorageError if surely nothing was
-        written.
+        `own`: it is the caller's, and its group (if any) decides without it. Raises UnknownTransactionStatusError if
+        storage did not say, UnavailableStorageError if surely nothing was written.
         """
-        group = group_and_child(tx_id)
+        group = None if own else group_and_child(tx_id)
         if group is not None:
             parent, child = group
             in_group = await self._decide_aborted(parent)
@@ -227,9 +273,13 @@ class CoordinatorStates:
                 # Pruned between the put and the read: decide again.
         raise UnknownTransactionStatusError(f"the state of {tx_id} appears and disappears", tx_id)
 
-    async def _put(self, tx_id: str, state: TransactionState, created_at_ms: int) -> None:
+    async def _put(
+        self, tx_id: str, state: TransactionState, created_at_ms: int, child_ids: Sequence[str] = ()
+    ) -> None:
         await self._adopt()
         columns: dict[str, Value] = {"tx_state": state.value, "tx_created_at": created_at_ms}
+        if child_ids:
+            columns[CHILD_IDS] = ",".join(child_ids)
         put = Put(self.table, Key((tx_id,)), columns, IfNotExists())
         unknown: UnknownOutcomeError | None = None
         unavailable: UnavailableStorageError | None = None
@@ -280,7 +330,7 @@ class CoordinatorStates:
         for state in old:
             intent = intent_of.get(state.tx_id)
             if state.state is TransactionState.COMMITTED:
-                if intent is None and records_intent(state.tx_id):
+                if _is_settled(state, intent_of):
                     committed += await self.forget(state)
             elif intent is not None and intent.aborted and writer_is_gone(intent):
                 aborted += await self.forget(state)
@@ -309,3 +359,14 @@ class CoordinatorStates:
         except NoMutationError:
             return 0
         return 1
+
+
+def _is_settled(state: StateRow, intent_of: Mapping[str, Intent]) -> bool:
+    """Whether every transaction that a COMMITTED row commits records intents, and has none left."""
+    decided = [id_in_group(state.tx_id, child_id) for child_id in state.child_ids] or [state.tx_id]
+    return all(tx_id not in intent_of and _records_intent(tx_id) for tx_id in decided)
+
+
+def _records_intent(tx_id: str) -> bool:
+    group = group_and_child(tx_id)
+    return records_intent(tx_id if group is None else group[1])

@@ -17,6 +17,7 @@ from infra.clock import Clock, SystemClock
 from infra.consensus_commit.commit import BeforeCommitState, commit
 from infra.consensus_commit.coordinator import CoordinatorStates
 from infra.consensus_commit.errors import TransactionConflictError
+from infra.consensus_commit.group_commit import GroupCommit
 from infra.consensus_commit.hot_records import HotRecords
 from infra.consensus_commit.intents import IntentLog, new_intended_id
 from infra.consensus_commit.journal import Journal
@@ -50,6 +51,8 @@ class TransactionManager:
     see `record_cache.py` for when that pays.
     `queue_at_hot_records`: let transactions that want a record which was in somebody's way lately wait for each other
     instead of colliding; see `hot_records.py`.
+    `group_commit`: let transactions that commit at the same time share a state row; see `group_commit.py`. The state
+    table then has a column more, and the id of a transaction changes with its commit.
     `states`, `recovery` and `sweeper` are public for inspection; run `sweeper.run()` as a task of its own.
     """
 
@@ -63,6 +66,7 @@ class TransactionManager:
         name: str | None = None,
         cache_records: int = 0,
         queue_at_hot_records: bool = True,
+        group_commit: bool = False,
         coordinator_namespace: str = "coordinator",
         transaction_lifetime_ms: int = TRANSACTION_LIFETIME_MS,
         on_recovered: Callable[[str], None] = lambda kind: None,
@@ -80,7 +84,10 @@ class TransactionManager:
         self._settling: set[asyncio.Task[None]] = set()
         self._random = randomness or random.Random()
         self._sleep = sleep
-        self.states = CoordinatorStates(storage, self._clock, namespace=coordinator_namespace, sleep=sleep)
+        self.states = CoordinatorStates(
+            storage, self._clock, namespace=coordinator_namespace, group_commit=group_commit, sleep=sleep
+        )
+        self._groups = GroupCommit(self.states, self._clock) if group_commit else None
         self.recovery = RecoveryHandler(
             storage,
             self.states,
@@ -144,6 +151,8 @@ class TransactionManager:
                 before_commit_state=before_commit_state,
                 journal=self._journal,
                 settle=self._settle,
+                groups=self._groups,
+                at_leisure=self._async_commit,
             )
 
         return Transaction(participant, commit_participant)
@@ -185,6 +194,8 @@ class TransactionManager:
 
     async def drain(self) -> None:
         """Wait until the records of every transaction committed so far are settled, and recoveries have ended."""
+        if self._groups is not None:
+            await self._groups.drain()
         while self._settling:
             await asyncio.wait(self._settling)
         await self.recovery.drain()

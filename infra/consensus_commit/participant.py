@@ -18,7 +18,7 @@ Source: ScalarDB's CrudHandler and ParticipantCommitHandler.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from types import TracebackType
@@ -71,11 +71,12 @@ from infra.storage.operations import (
     Value,
     WriteCondition,
 )
-from infra.storage.port import Storage, peek
+from infra.storage.port import Storage, mutate_when_convenient, peek
 
 logger = logging.getLogger(__name__)
 
 Conditions: TypeAlias = Sequence[ColumnCondition]
+_Write: TypeAlias = Callable[[Storage, Sequence[Mutation]], Awaitable[None]]
 T = TypeVar("T")
 
 
@@ -130,6 +131,7 @@ class ParticipantTransaction:
         self._cache = cache if isolation is Isolation.SERIALIZABLE else None
         self._prepared_at_ms = 0
         self._hot_records = hot_records
+        self._place = tx_id  # in the lines at hot records, which know it from the beginning
         self._snapshot = Snapshot()
         self._phase = _Phase.ACTIVE
         self._batches: list[_Batch] = []
@@ -340,10 +342,11 @@ class ParticipantTransaction:
         self._validated = True
         await reach("validate.after_records")
 
-    async def commit_records(self, committed_at_ms: int) -> bool:
+    async def commit_records(self, committed_at_ms: int, *, at_leisure: bool = False) -> bool:
         """Make the prepared records committed; whether every one was seen to be. The decision must be COMMITTED.
 
-        Never raises for storage: what is left PREPARED is rolled forward by whoever meets it.
+        `at_leisure`: nobody waits for it, so that it may wait for company (`PartitionGate`). Never raises for storage:
+        what is left PREPARED is rolled forward by whoever meets it.
         """
         if self.needs_validation and not self._validated:
             raise IllegalOperationError(f"transaction {self.tx_id} must be validated before it commits")
@@ -352,7 +355,7 @@ class ParticipantTransaction:
         self._phase = _Phase.ENDED
         await reach("commit_records.before")
         settled = await self._for_each_batch(
-            "commit_records.between_units", lambda batch: self._commit(batch, committed_at_ms)
+            "commit_records.between_units", lambda batch: self._commit(batch, committed_at_ms, at_leisure)
         )
         await reach("commit_records.after")
         return all(settled)
@@ -392,12 +395,17 @@ class ParticipantTransaction:
             raise UnknownTransactionStatusError(f"transaction {self.tx_id} was not answered", self.tx_id) from error
         await reach("one_phase.after")
 
+    def take_id(self, tx_id: str) -> None:
+        """Go on under another id. Only before preparing, while no record carries the old one."""
+        assert self._phase is _Phase.ACTIVE, self._phase
+        self.tx_id = tx_id
+
     # -- what the process remembers
 
     def note_committed(self, committed_at_ms: int) -> None:
         """This transaction is committed, as of `committed_at_ms`: what it wrote is what others should read."""
         if self._hot_records is not None:
-            self._hot_records.leave(self.tx_id)
+            self._hot_records.leave(self._place)
         if self._cache is None:
             return
         for record_id, write in self._snapshot.writes.items():
@@ -423,7 +431,7 @@ class ParticipantTransaction:
     def note_failed(self) -> None:
         """This transaction did not commit, perhaps because something that it believed was old."""
         if self._hot_records is not None:
-            self._hot_records.leave(self.tx_id)
+            self._hot_records.leave(self._place)
         if self._cache is not None:
             self._cache.drop([*self._snapshot.reads, *self._snapshot.writes])
 
@@ -476,7 +484,7 @@ class ParticipantTransaction:
     async def _read(self, layout: Layout, key: Key) -> None:
         record_id = (layout.full_name, key)
         if self._hot_records is not None and not self._read_only:
-            await self._hot_records.enter(record_id, self.tx_id)
+            await self._hot_records.enter(record_id, self._place)
         cached = None if self._cache is None else self._cache.get(record_id)
         if cached is not None:
             return self._snapshot.remember_get(layout, key, cached)
@@ -622,13 +630,13 @@ class ParticipantTransaction:
         """The committed record that a write replaces, None if it must be absent."""
         return None if write.insert else self._snapshot.reads.get(write.id)
 
-    async def _commit(self, batch: _Batch, committed_at_ms: int) -> bool:
+    async def _commit(self, batch: _Batch, committed_at_ms: int, at_leisure: bool) -> bool:
         def composed(write: PendingWrite) -> Mutation:
             return compose.commit(
                 write.layout, write.key, deleted=write.deleted, tx_id=self.tx_id, committed_at_ms=committed_at_ms
             )
 
-        return await self._settle(batch, composed)
+        return await self._settle(batch, composed, mutate_when_convenient if at_leisure else _mutate)
 
     async def _roll_back(self, batch: _Batch) -> bool:
         def composed(write: PendingWrite) -> Mutation:
@@ -636,15 +644,15 @@ class ParticipantTransaction:
                 write.layout, write.key, deleted=write.deleted, tx_id=self.tx_id, before=self._before(write)
             )
 
-        return await self._settle(batch, composed)
+        return await self._settle(batch, composed, _mutate)
 
-    async def _settle(self, batch: _Batch, composed: Callable[[PendingWrite], Mutation]) -> bool:
+    async def _settle(self, batch: _Batch, composed: Callable[[PendingWrite], Mutation], write_all: _Write) -> bool:
         """Bring a batch to rest; whether it was seen to be. A rejected batch is settled row by row."""
         known = batch.prepared is _Prepared.YES
         try:
             if known:
                 try:
-                    await self._storage.mutate([composed(write) for write in batch.writes])
+                    await write_all(self._storage, [composed(write) for write in batch.writes])
                     return True
                 except NoMutationError:
                     pass
@@ -671,6 +679,10 @@ class ParticipantTransaction:
         """
         unread = [write for write in writes if self._before(write) is None and write.id not in self._snapshot.reads]
         self._recovery.recover_later([(write.layout.stored, write.key) for write in unread])
+
+
+async def _mutate(storage: Storage, mutations: Sequence[Mutation]) -> None:
+    await storage.mutate(mutations)
 
 
 class Scanner:

@@ -152,7 +152,7 @@ class CassandraStorage:
         max_mutations: int = 0,
         metadata_namespace: str = "scalardb",
         index_timeout_s: float = 600.0,
-        protocol_version: int = 5,
+        protocol_version: int = 4,
         name: str = "cassandra",
     ) -> None:
         if isinstance(contact_points, str) or not contact_points:

@@ -3,7 +3,8 @@
 A storage whose conditional batches contend (Cassandra's Paxos rounds) answers two batches on one partition more slowly
 than one after the other, and may refuse both; but fifty rows in one batch cost little more than one. So batches queue
 for their unit in the order they came, and when it is free the first one leads: it takes along those behind it that
-touch other records, as one batch.
+touch other records, as one batch. One that is in no hurry (`mutate_when_convenient`) lingers for a moment until another
+takes it along; it goes before whatever touches its records.
 
     applied         all of them are
     refused         those that the storage names as to blame are refused, and the others go together again; where it
@@ -11,8 +12,8 @@ touch other records, as one batch.
     unknown         unknown to all, unavailable likewise
     leader killed   unknown to those it had taken along; the next in the queue leads
 
-The gate guards this process only; batches of others are what conditions are for. It has no tasks of its own: whoever
-leads does the work.
+The gate guards this process only; batches of others are what conditions are for. It has no tasks of its own, only
+timers: whoever leads does the work.
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ from infra.storage.errors import (
     UnknownOutcomeError,
 )
 from infra.storage.forwarding import ForwardingStorage
-from infra.storage.operations import Key, Mutation, Row, StorageInfo, TableSchema
-from infra.storage.port import Storage, atomic_unit, peek
+from infra.storage.operations import DataType, Key, Mutation, Row, StorageInfo, TableSchema
+from infra.storage.port import Storage, add_column, atomic_unit, peek
 
 MAX_ROWS_TOGETHER = 50
 """Rows that go together at most: larger conditional batches cost Cassandra more than they save."""
+
+LINGER_S = 0.01
+"""How long a batch that is in no hurry waits for company."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +48,14 @@ class _Waiting:
 
     mutations: Sequence[Mutation]
     turn: asyncio.Future[bool]
+
+
+@dataclass(slots=True, eq=False)
+class _Lingering:
+    """Batches of one unit that wait for company, and the timer that ends their waiting."""
+
+    batches: deque[_Waiting]
+    timer: asyncio.TimerHandle
 
 
 class PartitionGate(ForwardingStorage):
@@ -57,6 +69,7 @@ class PartitionGate(ForwardingStorage):
         super().__init__(storage)
         self._rows_together = rows_together
         self._queues: dict[Hashable, deque[_Waiting]] = {}  # of the units that a batch is in flight for
+        self._lingering: dict[Hashable, _Lingering] = {}
         self._infos: dict[str, tuple[StorageInfo, StorageInfo]] = {}
 
     @property
@@ -70,43 +83,89 @@ class PartitionGate(ForwardingStorage):
             known = self._infos[namespace] = (behind, replace(behind, serializes_batches=True))
         return known[1]
 
+    async def add_column(self, table: TableSchema, column: str, data_type: DataType) -> None:
+        await add_column(self.storage, table, column, data_type)
+
     async def peek(self, table: TableSchema, key: Key) -> Row | None:
         return await peek(self.storage, table, key)
 
     async def mutate(self, mutations: Sequence[Mutation]) -> None:
-        info = self.storage.info_of(mutations[0].table.namespace) if mutations else None
-        if info is None or info.serializes_batches:
+        info = self._guarded(mutations)
+        if info is None:
             await self.storage.mutate(mutations)
             return
-        # A batch of two units is the storage's to refuse; until then it queues for the first.
-        unit = atomic_unit(info, mutations[0].table, mutations[0].key)
-        try:
-            queue = self._queues.get(unit)
-        except TypeError as error:
-            raise InvalidOperationError(
-                f"{mutations[0].table.full_name}: a key holds plain values ({error})"
-            ) from error
+        unit = _unit_of(mutations, info)
+        lingering = self._lingering.get(unit)
+        if lingering is not None and any(_share_records(mutations, other.mutations) for other in lingering.batches):
+            self._end_lingering(unit)
+        queue = self._queues.get(unit)
         if queue is None:
             self._queues[unit] = deque()
-        elif not await self._wait(unit, queue, mutations):
+        else:
+            waiting = _Waiting(mutations, asyncio.get_running_loop().create_future())
+            queue.append(waiting)
+            if not await self._turn_of(waiting, unit):
+                return
+        await self._lead_in(unit, mutations, info)
+
+    async def mutate_when_convenient(self, mutations: Sequence[Mutation]) -> None:
+        """Like `mutate`, for a batch whose caller does not mind to wait for a moment: another may take it along."""
+        info = self._guarded(mutations)
+        if info is None or self._rows_together == 1:
+            await self.mutate(mutations)
             return
+        unit = _unit_of(mutations, info)
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(mutations, loop.create_future())
+        lingering = self._lingering.get(unit)
+        if lingering is None:
+            timer = loop.call_later(LINGER_S, self._end_lingering, unit)
+            self._lingering[unit] = _Lingering(deque([waiting]), timer)
+        else:
+            lingering.batches.append(waiting)
+        if await self._turn_of(waiting, unit):
+            await self._lead_in(unit, mutations, info)
+
+    def _guarded(self, mutations: Sequence[Mutation]) -> StorageInfo | None:
+        """What holds where these go, if they have to come one at a time."""
+        info = self.storage.info_of(mutations[0].table.namespace) if mutations else None
+        return None if info is None or info.serializes_batches else info
+
+    async def _lead_in(self, unit: Hashable, mutations: Sequence[Mutation], info: StorageInfo) -> None:
         try:
             await self._lead(mutations, self._take_along(unit, mutations, info))
         finally:
             self._pass_on(unit)
 
-    async def _wait(self, unit: Hashable, queue: deque[_Waiting], mutations: Sequence[Mutation]) -> bool:
-        """Queue for the unit; whether it is this batch's turn to lead (else it was applied with another's)."""
-        waiting = _Waiting(mutations, asyncio.get_running_loop().create_future())
-        queue.append(waiting)
+    async def _turn_of(self, waiting: _Waiting, unit: Hashable) -> bool:
+        """Wait; whether it is this batch's turn to lead (else it was applied with another's)."""
         try:
             return await waiting.turn
         except asyncio.CancelledError:
-            if waiting in queue:
-                queue.remove(waiting)
-            elif _is_told_to_lead(waiting.turn):
+            if _is_told_to_lead(waiting.turn):
                 self._pass_on(unit)
+            elif waiting in self._queues.get(unit, ()):
+                self._queues[unit].remove(waiting)
+            elif unit in self._lingering:
+                self._leave_lingering(unit, [waiting])
             raise
+
+    def _end_lingering(self, unit: Hashable) -> None:
+        """Let those that linger queue like all others."""
+        lingering = self._lingering.pop(unit)
+        lingering.timer.cancel()
+        if unit in self._queues:
+            self._queues[unit].extend(lingering.batches)
+        else:
+            self._queues[unit] = lingering.batches
+            self._pass_on(unit)
+
+    def _leave_lingering(self, unit: Hashable, leaving: Sequence[_Waiting]) -> None:
+        lingering = self._lingering[unit]
+        lingering.batches = deque(each for each in lingering.batches if each not in leaving)
+        if not lingering.batches:
+            lingering.timer.cancel()
+            del self._lingering[unit]
 
     def _take_along(self, unit: Hashable, mutations: Sequence[Mutation], info: StorageInfo) -> list[_Waiting]:
         """Those next in the queue that may share a batch with `mutations`: of its kind, and on other records."""
@@ -114,13 +173,28 @@ class PartitionGate(ForwardingStorage):
         most = min(self._rows_together, info.max_mutations or self._rows_together)
         conditional = _is_conditional(mutations)
         taken: list[_Waiting] = []
-        records = {(mutation.table.full_name, mutation.key) for mutation in mutations}
-        while queue and conditional is not None and len(records) + len(queue[0].mutations) <= most:
-            following = {(mutation.table.full_name, mutation.key) for mutation in queue[0].mutations}
-            if _is_conditional(queue[0].mutations) is not conditional or records & following:
-                break
-            records |= following
+        if conditional is None:
+            return taken
+        records = _records(mutations)
+
+        def fits(other: _Waiting) -> bool:
+            return (
+                len(records) + len(other.mutations) <= most
+                and _is_conditional(other.mutations) is conditional
+                and not records & _records(other.mutations)
+            )
+
+        while queue and fits(queue[0]):
+            records |= _records(queue[0].mutations)
             taken.append(queue.popleft())
+        if unit in self._lingering:
+            along = []
+            for other in self._lingering[unit].batches:
+                if fits(other):
+                    records |= _records(other.mutations)
+                    along.append(other)
+            self._leave_lingering(unit, along)
+            taken += along
         return taken
 
     async def _lead(self, mutations: Sequence[Mutation], others: Sequence[_Waiting]) -> None:
@@ -208,6 +282,24 @@ class PartitionGate(ForwardingStorage):
                 following.turn.set_result(True)
                 return
         del self._queues[unit]
+
+
+def _unit_of(mutations: Sequence[Mutation], info: StorageInfo) -> Hashable:
+    # A batch of two units is the storage's to refuse; until then it queues for the first.
+    unit = atomic_unit(info, mutations[0].table, mutations[0].key)
+    try:
+        hash(unit)
+    except TypeError as error:
+        raise InvalidOperationError(f"{mutations[0].table.full_name}: a key holds plain values ({error})") from error
+    return unit
+
+
+def _records(mutations: Sequence[Mutation]) -> set[tuple[str, Key]]:
+    return {(mutation.table.full_name, mutation.key) for mutation in mutations}
+
+
+def _share_records(some: Sequence[Mutation], others: Sequence[Mutation]) -> bool:
+    return not _records(some).isdisjoint(_records(others))
 
 
 def _is_conditional(mutations: Sequence[Mutation]) -> bool | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from typing import Protocol
 
+from infra.storage.errors import InvalidOperationError
 from infra.storage.operations import (
     Atomicity,
     CrossPartition,
@@ -69,6 +70,22 @@ async def peek(storage: Storage, table: TableSchema, key: Key) -> Row | None:
     """
     look: Callable[[TableSchema, Key], Awaitable[Row | None]] = getattr(storage, "peek", storage.get)
     return await look(table, key)
+
+
+async def mutate_when_convenient(storage: Storage, mutations: Sequence[Mutation]) -> None:
+    """`mutate`, perhaps a moment later with another's batch, where the storage has a way to (`PartitionGate`)."""
+    write: Callable[[Sequence[Mutation]], Awaitable[None]] = getattr(storage, "mutate_when_convenient", storage.mutate)
+    await write(mutations)
+
+
+async def add_column(storage: Storage, table: TableSchema, column: str, data_type: DataType) -> None:
+    """Add a column, if the storage has a way to (`AdministrableStorage`); InvalidOperationError if it has none."""
+    add: Callable[[TableSchema, str, DataType], Awaitable[None]] | None = getattr(storage, "add_column", None)
+    if add is None:
+        raise InvalidOperationError(
+            f"{table.full_name} has no column {column}, and this storage cannot be asked to add one: use its own tools"
+        )
+    await add(table, column, data_type)
 
 
 class AdministrableStorage(Storage, Protocol):

@@ -128,13 +128,21 @@ class Ours:
     """This engine's side: tasks of this process."""
 
     def __init__(
-        self, storage: CassandraStorage, *, one_phase: bool, async_commit: bool, cache: int, buckets: int
+        self,
+        storage: CassandraStorage,
+        *,
+        one_phase: bool,
+        async_commit: bool,
+        group_commit: bool,
+        cache: int,
+        buckets: int,
     ) -> None:
         self.watched = WatchedStorage(storage)
         self.manager = TransactionManager(
             self.watched,  # the manager puts its gate before it
             one_phase_commit=one_phase,
             async_commit=async_commit,
+            group_commit=group_commit,
             cache_records=cache,
             coordinator_namespace="bench_coordinator",
         )
@@ -227,7 +235,7 @@ class Theirs:
 
 async def load(storage: CassandraStorage, works: Sequence[str], our_buckets: int) -> None:
     """The same rows for both sides, as transactions left them long ago. By plain writes, for nobody else is here."""
-    manager = TransactionManager(storage, coordinator_namespace="bench_coordinator")
+    manager = TransactionManager(storage, group_commit=True, coordinator_namespace="bench_coordinator")
     await manager.create_coordinator_tables()
     for side in (OURS, THEIRS):
         buckets = our_buckets if side == OURS else 0
@@ -278,6 +286,7 @@ async def measure(options: argparse.Namespace, stack: AsyncExitStack) -> None:
         storage,
         one_phase=options.one_phase,
         async_commit=not options.sync,
+        group_commit=not options.alone,
         cache=options.cache,
         buckets=options.buckets,
     )
@@ -338,7 +347,8 @@ def main() -> None:
     parser.add_argument("--storage", help="cassandra://HOST:PORT of one that runs (default: one is started)")
     parser.add_argument("--one-phase", action="store_true", help="ours with one-phase commit where it applies")
     parser.add_argument("--sync", action="store_true", help="ours answering only when records are settled")
-    parser.add_argument("--buckets", type=int, default=16, help="partitions of each of our tables; 0: one for each row")
+    parser.add_argument("--alone", action="store_true", help="ours without group commit")
+    parser.add_argument("--buckets", type=int, default=2, help="partitions of each of our tables; 0: one for each row")
     parser.add_argument("--cache", type=int, default=0, help="records that ours keeps between transactions")
     parser.add_argument("--profile", type=Path, help="where to write what this process spends its time on")
     asyncio.run(run(parser.parse_args()))

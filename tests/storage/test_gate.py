@@ -35,7 +35,7 @@ from infra.storage.operations import (
     StorageInfo,
     TableSchema,
 )
-from infra.storage.port import atomic_unit, peek
+from infra.storage.port import atomic_unit, mutate_when_convenient, peek
 
 
 class ContendingStorage(MemoryStorage):
@@ -396,8 +396,9 @@ async def test_whatever_meets_at_the_gate_everyone_gets_the_answer_that_is_true(
             seen = {each: (await storage.get(THINGS, each) or {})["small"] for each in touched}
             if chance.random() < 0.3:
                 await asyncio.sleep(0)
+            write = gate.mutate_when_convenient if chance.random() < 0.3 else gate.mutate
             try:
-                await gate.mutate([Put(THINGS, k, {"small": v + 1}, is_small(v)) for k, v in seen.items()])
+                await write([Put(THINGS, k, {"small": v + 1}, is_small(v)) for k, v in seen.items()])
             except (NoMutationError, UnavailableStorageError):
                 pass
             except UnknownOutcomeError:
@@ -416,3 +417,65 @@ async def test_whatever_meets_at_the_gate_everyone_gets_the_answer_that_is_true(
         assert row is not None
         assert applied[each] <= row["small"] <= applied[each] + unknown[each]
     assert not gate._queues
+    assert not gate._lingering
+
+
+async def test_a_batch_in_no_hurry_goes_along_with_the_next_one(contending: ContendingStorage):
+    gate = PartitionGate(contending)
+
+    first = asyncio.create_task(gate.mutate_when_convenient(put(1)))
+    second = asyncio.create_task(gate.mutate_when_convenient(put(2)))
+    await asyncio.sleep(0)
+    assert not contending.batches
+    await asyncio.gather(gate.mutate(put(3)), first, second)
+
+    assert contending.batches == 1
+    assert not gate._lingering
+    assert not gate._queues
+
+
+async def test_a_batch_in_no_hurry_goes_by_itself_when_nobody_comes(contending: ContendingStorage):
+    gate = PartitionGate(contending)
+
+    await asyncio.wait_for(asyncio.gather(*(gate.mutate_when_convenient(put(n)) for n in range(3))), timeout=10)
+
+    assert contending.batches == 1
+    assert not gate._lingering
+    assert not gate._queues
+
+
+async def test_a_batch_in_no_hurry_goes_before_whatever_touches_its_records(contending: ContendingStorage):
+    gate = PartitionGate(contending)
+    await gate.mutate(put(1))
+    lingering = asyncio.create_task(
+        gate.mutate_when_convenient([Put(THINGS, key(number=1), {"small": 5}, is_small(1))])
+    )
+    await asyncio.sleep(0)
+
+    await gate.mutate([Put(THINGS, key(number=1), {"small": 6}, is_small(5))])
+
+    await lingering
+    row = await gate.get(THINGS, key(number=1))
+    assert row is not None
+    assert row["small"] == 6
+
+
+async def test_a_batch_in_no_hurry_that_is_cancelled_is_not_written(contending: ContendingStorage):
+    gate = PartitionGate(contending)
+    lingering = asyncio.create_task(gate.mutate_when_convenient(put(1)))
+    await asyncio.sleep(0)
+
+    lingering.cancel()
+    await asyncio.gather(lingering, return_exceptions=True)
+    await gate.mutate(put(2))
+
+    assert contending.order == [key(number=2)]
+    assert not gate._lingering
+
+
+async def test_a_gate_that_stands_open_hurries_everybody():
+    storage = MemoryStorage()
+    await storage.create_table(THINGS)
+    await PartitionGate(storage).mutate_when_convenient(put(1))
+    await mutate_when_convenient(storage, put(2))  # A storage without such a way has the usual one.
+    assert len(await storage.scan(Scan(THINGS, (0,)))) == 2

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias, cast
 
 from infra.consensus_commit.states import Isolation, TransactionState
 from infra.storage.operations import Row
-from scripts.proof.simulation.witness import Witness
+from scripts.proof.simulation.witness import Witness, begun_as
 from scripts.proof.simulation.workloads import BALANCE, Log, Place, Places, Values
 
 Model: TypeAlias = dict[str, dict[tuple[int, int], Values]]
@@ -107,7 +107,7 @@ def _last_writers(evidence: Evidence, final: Mapping[Any, Row]) -> list[str]:
             continue
         last = evidence.logs[effective[-1]]
         deleted = last.writes[place][0] == "delete"
-        if (row is None) != deleted or (row is not None and row["tx_id"] != last.tx_id):
+        if (row is None) != deleted or (row is not None and begun_as(str(row["tx_id"])) != last.tx_id):
             found.append(f"{place} should be as {last.tx_id} left it, and is as {row and row['tx_id']!s} did")
     return found
 

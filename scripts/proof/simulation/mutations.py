@@ -240,8 +240,27 @@ def _commit_records_before_the_state() -> list[Replacement]:
 def _obey_ones_own_abort() -> list[Replacement]:
     whole = CoordinatorStates.abort_state
 
-    async def abort_state(self: CoordinatorStates, tx_id: str) -> StateRow:
-        return replace(await whole(self, tx_id), state=ABORTED)
+    async def abort_state(self: CoordinatorStates, tx_id: str, *, own: bool = False) -> StateRow:
+        return replace(await whole(self, tx_id, own=own), state=ABORTED)
+
+    return [(CoordinatorStates, "abort_state", abort_state)]
+
+
+def _disobey_the_group() -> list[Replacement]:
+    async def abort_state(self: CoordinatorStates, tx_id: str, *, own: bool = False) -> StateRow:
+        group = None if own else coordinator.group_and_child(tx_id)
+        if group is not None:
+            await self._decide_aborted(group[0])
+        return self._remember(await self._decide_aborted(tx_id))
+
+    return [(CoordinatorStates, "abort_state", abort_state)]
+
+
+def _abort_a_member_without_its_group() -> list[Replacement]:
+    whole = CoordinatorStates.abort_state
+
+    async def abort_state(self: CoordinatorStates, tx_id: str, *, own: bool = False) -> StateRow:
+        return await whole(self, tx_id, own=True)
 
     return [(CoordinatorStates, "abort_state", abort_state)]
 
@@ -393,6 +412,10 @@ MUTATIONS: dict[str, Mutation] = {
     "commit_though_aborted": Mutation("a lost commit-state is not noticed", _commit_though_aborted),
     "commit_records_before_the_state": Mutation(
         "records are committed before it is decided", _commit_records_before_the_state
+    ),
+    "disobey_the_group": Mutation("a member is aborted though its group has committed it", _disobey_the_group),
+    "abort_a_member_without_its_group": Mutation(
+        "who aborts a member of a group lets the group decide", _abort_a_member_without_its_group
     ),
     "prune_while_the_writer_lives": Mutation(
         "an ABORTED row goes, though its writer may only be paused", _prune_while_the_writer_lives

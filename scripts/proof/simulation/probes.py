@@ -62,6 +62,11 @@ PROBES: dict[str, str] = {
     "died_and_was_committed": "a client died without an answer, and its transaction was committed",
     "commit_forgotten": "a COMMITTED row was pruned after every record had been settled",
     "abort_forgotten": "an ABORTED row was forgotten, by its own transaction or since its writer was gone",
+    "group_committed": "several transactions were committed by one row",
+    "member_committed_alone": "a member of a group was committed by a row of its own",
+    "group_kept_from_committing": "whoever cleans up put ABORTED for a group that had not decided",
+    "group_outran_its_aborter": "whoever cleans up put ABORTED for a group that had decided",
+    "group_met_its_aborter": "a group's COMMITTED row met the ABORTED one of whoever cleans up",
     "one_store_down": "one store was down while another served",
 } | {f"reached {name}": f"the engine passed the failpoint {name}" for name in ENGINE_FAILPOINTS}
 

@@ -51,6 +51,7 @@ class Weather:
     interface: Interface
     one_phase_commit: bool
     async_commit: bool
+    group_commit: bool
     intents: bool
     cache_records: int
     imported: bool
@@ -76,6 +77,8 @@ class Weather:
 def weather_of(seed: int) -> Weather:
     """The weather of a seed."""
     draw = random.Random(f"weather {seed}")
+    together = random.Random(f"groups {seed}")
+    group_commit = together.random() < 0.3
     lifetime_ms = draw.choice((400, 2_000, 15_000))
     fair = draw.random() < 0.08
     kinds = {kind: draw.choice((0.0, 1.0, 3.0)) * (0.2 if kind in _DEADLY else 1.0) for kind in CallFault}
@@ -87,12 +90,13 @@ def weather_of(seed: int) -> Weather:
         interface=draw.choice((Interface.MANAGER, Interface.MANAGER, Interface.TWO_PHASE)),
         one_phase_commit=draw.random() < 0.6,
         async_commit=draw.random() < 0.5,
+        group_commit=group_commit,
         intents=draw.random() < 0.5,
         cache_records=draw.choice((0, 0, 50)),
         imported=draw.random() < 0.3,
         shuffled=draw.random() < 0.7,
         processes=draw.choice((2, 3)),
-        clients=draw.choice((1, 2, 2)),
+        clients=draw.choice((1, 2, 2)) + 4 * group_commit,
         transactions=draw.randint(22, 28),
         lifetime_ms=lifetime_ms,
         latency_s=draw.choice((0.001, 0.01, 0.05)),

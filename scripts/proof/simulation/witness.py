@@ -13,6 +13,7 @@ import contextvars
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, TypeVar, cast
 
+from infra.consensus_commit.coordinator import PARENT_ID_LENGTH, group_and_child
 from infra.consensus_commit.states import TransactionState
 from infra.storage.memory import MemoryStorage
 from infra.storage.operations import Delete, If, Key, Mutation, Put
@@ -26,6 +27,13 @@ RecordId = tuple[str, Key]
 CURRENT_TX: contextvars.ContextVar[str] = contextvars.ContextVar("current_tx", default="")
 
 T = TypeVar("T")
+
+
+def begun_as(tx_id: str) -> str:
+    """The id that a transaction began with: its records carry another one if it committed in a group."""
+    group = group_and_child(tx_id)
+    return tx_id if group is None else group[1]
+
 
 PREPARE, SETTLE, AT_ONCE = "prepare", "settle", "at once"
 STATE, INTENTS = "state", "intents"
@@ -48,11 +56,11 @@ def kind_of(mutation: Mutation) -> tuple[str, str | None]:
         TransactionState.PREPARED,
         TransactionState.DELETED,
     ):
-        return PREPARE, cast(str, mutation.columns["tx_id"])
+        return PREPARE, begun_as(cast(str, mutation.columns["tx_id"]))
     names = {c.column for c in conditions}
     if "tx_state" in names:
         owner = next((c.value for c in conditions if c.column == "tx_id"), None)
-        return SETTLE, cast("str | None", owner)
+        return SETTLE, None if owner is None else begun_as(cast(str, owner))
     if isinstance(mutation, Put):
         return AT_ONCE, cast("str | None", mutation.columns.get("tx_id"))
     return AT_ONCE, None
@@ -87,6 +95,7 @@ class Witness:
         self._aborted_by: dict[str, Process] = {}
         self._forgotten: set[str] = set()
         self._unanswered: set[str] = set()
+        self._children: dict[str, tuple[str, ...]] = {}
 
     def next_instant(self) -> int:
         """A number larger than those of all that has happened."""
@@ -135,16 +144,31 @@ class Witness:
     # -- the state table
 
     def _state_written(self, process: Process, mutation: Mutation, applied: bool, fault: CallFault | None) -> None:
-        tx_id = cast(str, mutation.key.partition[0])
+        row_id = cast(str, mutation.key.partition[0])
         if isinstance(mutation, Delete):
             if applied:
-                self._forgotten_now(tx_id)
+                for tx_id in self._children.pop(row_id, (begun_as(row_id),)):
+                    self._forgotten_now(tx_id)
             return
         state = TransactionState(cast(int, mutation.columns["tx_state"]))
-        if applied:
-            self._decided_now(process, tx_id, state, fault)
-        else:
-            self._decided_before(process, tx_id, state, fault)
+        children = cast("str | None", mutation.columns.get("tx_child_ids"))
+        if children is None and len(row_id) == PARENT_ID_LENGTH:
+            self.probes.hit("group_kept_from_committing" if applied else "group_outran_its_aborter")
+            return  # It decides nobody.
+        decided = tuple(children.split(",")) if children else (begun_as(row_id),)
+        if applied and children:
+            self.probes.hit("group_committed")
+            self._children[row_id] = decided
+        if not applied and children and row_id not in self._children:
+            self.probes.hit("group_met_its_aborter")
+            return
+        if applied and group_and_child(row_id) and state is TransactionState.COMMITTED:
+            self.probes.hit("member_committed_alone")
+        for tx_id in decided:
+            if applied:
+                self._decided_now(process, tx_id, state, fault)
+            else:
+                self._decided_before(process, tx_id, state, fault)
 
     def _forgotten_now(self, tx_id: str) -> None:
         self._forgotten.add(tx_id)

@@ -7,11 +7,11 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from infra.consensus_commit import coordinator, intents, participant, recovery
-from infra.consensus_commit.coordinator import CoordinatorStates
+from infra.consensus_commit.coordinator import CHILD_IDS, OPTIONAL_COLUMNS, CoordinatorStates
 from infra.consensus_commit.errors import (
     TransactionConflictError,
     UncommittedRecordError,
@@ -19,6 +19,7 @@ from infra.consensus_commit.errors import (
     UnsatisfiedConditionError,
     ValidationConflictError,
 )
+from infra.consensus_commit.group_commit import GroupCommit
 from infra.consensus_commit.intents import Intent, IntentLog
 from infra.consensus_commit.manager import TransactionManager
 from infra.consensus_commit.metadata import is_committed, transactional
@@ -150,7 +151,10 @@ class World:
 
     def _fill(self) -> None:
         manager = self._manager(Process(0, -1, SimulatedClock(self.loop, 0)))
-        for table in (manager.states.table, IntentLog(self._stores[self._coordinator_store]).table):
+        states = manager.states.table
+        if self.weather.group_commit:
+            states = replace(states, columns={**states.columns, CHILD_IDS: OPTIONAL_COLUMNS[CHILD_IDS]})
+        for table in (states, IntentLog(self._stores[self._coordinator_store]).table):
             stored_now(self._stores[self._coordinator_store].create_table(table))
         for namespace, alias in self._namespaces.items():
             stored_now(self._stores[alias].create_table(transactional(TABLES[namespace])))
@@ -216,16 +220,20 @@ class World:
 
     def _manager(self, process: Process) -> TransactionManager:
         """The engine as one process has it, under a name that its successors will bear too."""
-        return TransactionManager(
+        manager = TransactionManager(
             self._storage(process),
             process.clock,
             one_phase_commit=self.weather.one_phase_commit,
             async_commit=self.weather.async_commit,
+            group_commit=self.weather.group_commit,
             name=f"process {process.slot}" if self.weather.intents else None,
             cache_records=self.weather.cache_records,
             transaction_lifetime_ms=self.weather.lifetime_ms,
             randomness=self.random,
         )
+        if self.weather.group_commit:  # So few clients would seldom meet if several groups prepared at a time.
+            manager._groups = GroupCommit(manager.states, process.clock, preparing_at_most=1)
+        return manager
 
     def _interface(self, process: Process, manager: TransactionManager) -> Begin:
         """How the clients of a process begin a transaction."""
