@@ -169,7 +169,10 @@ async def _reach(system: System, settings: Settings, progress: Progress) -> Asyn
 
 def _connect(settings: Settings) -> Runtime:
     """Join the system's Ray; blocks for a second or two, in which nothing else runs yet."""
-    os.environ.update(ray_environment(settings))  # Ray looks once, when it is imported
+    # Ray looks once, when it is imported. Without a token of the settings it has made one in its usual place.
+    generated = {"RAY_AUTH_MODE": "token"} if (Path.home() / ".ray" / "auth_token").exists() else {}
+    for variable, value in (ray_environment(settings) or generated).items():
+        os.environ.setdefault(variable, value)
     from actors.ray_runtime import connect
     from scripts.worker import WorkerSetup, setup_path
 

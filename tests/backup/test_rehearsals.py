@@ -107,7 +107,8 @@ async def restore(backup: Path, running: RunningSystem) -> Finished:
 async def test_what_was_lost_with_its_tables_comes_back_from_the_backup_and_the_log_that_survived(
     tmp_path: Path,
 ) -> None:
-    first = RunningSystem(tmp_path / "first", environment={"CONCORD_CASSANDRA__PASSWORD": PLANTED})
+    secret = {"CONCORD_CASSANDRA__USERNAME": "concord", "CONCORD_CASSANDRA__PASSWORD": PLANTED}
+    first = RunningSystem(tmp_path / "first", environment=secret)
     await asyncio.to_thread(first.start)
     try:
         async with talking_to(first) as system:
@@ -120,10 +121,8 @@ async def test_what_was_lost_with_its_tables_comes_back_from_the_backup_and_the_
             expected = await books(system, "loss")
             answered = await told(system, before[:3])
             events_after = [answer["events"] for answer in await told(system, after[:2])]
-            system.running.kill()  # everything, by SIGKILL
-    except BaseException:
-        await asyncio.to_thread(first.kill)
-        raise
+    finally:
+        await asyncio.to_thread(first.kill)  # everything, by SIGKILL
     assert expected == {
         **{"loss-old": 30, "loss-load": 120, "loss-new": 30},
         **{f"loss-{customer}": MONEY - 60 * 100 for customer in CUSTOMERS},
