@@ -21,7 +21,6 @@ from typing import Any
 from infra.consensus_commit.states import Isolation
 from infra.storage.errors import InvalidOperationError
 from scripts.proof import scenarios
-from scripts.proof.disks.command import prove_disks
 from scripts.proof.histories.command import NAMED, prove_histories
 from scripts.proof.simulation.mutations import MUTATIONS
 from scripts.proof.simulation.running import prove_mutations, prove_simulation
@@ -70,6 +69,12 @@ def _simulate(arguments: argparse.Namespace) -> dict[str, Any]:
     return prove_mutations(names, first=arguments.first, at_most=arguments.seeds, workers=arguments.workers)
 
 
+def _disks(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    from scripts.proof.disks.command import prove_disks  # brings both drivers, which nothing else here needs
+
+    return prove_disks(work, only=arguments.only, rounds=arguments.rounds)
+
+
 def _run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     run: dict[str, Callable[[], dict[str, Any]]] = {
         "replay": lambda: scenarios.prove_replay(arguments.file, work, limit=arguments.limit),
@@ -91,7 +96,7 @@ def _run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             isolations=tuple(arguments.isolation or Isolation),
         ),
         "simulate": lambda: _simulate(arguments),
-        "disks": lambda: prove_disks(work, only=arguments.only, rounds=arguments.rounds),
+        "disks": lambda: _disks(arguments, work),
     }
     return run[arguments.scenario]()
 
@@ -114,7 +119,7 @@ def main() -> int:
         if files:
             report["files"] = [str(file) for file in files]
         report |= _run(arguments, work)
-    except InvalidOperationError as error:  # --storage is neither a name nor a URL
+    except InvalidOperationError as error:  # --storage is neither a name nor a URL, --only no scene's
         print(error, file=sys.stderr)
         return 2
     finally:

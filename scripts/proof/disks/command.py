@@ -1,4 +1,4 @@
-"""`python -m scripts.proof disks`: every scene on every storage, several rounds each; the report.
+"""`python -m scripts.proof disks`: every scene on SQLite and Cassandra; the report.
 
 A scene holds if nothing is wrong and it was not played in vain: syncs did fail, transfers were refused, the server did
 end. What this machine does not allow (no root, no strace, no libfaketime) keeps the proof from holding, and is named.
@@ -13,19 +13,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from infra.storage.errors import InvalidOperationError
 from infra.storage.sqlite import SqliteStorage
-from scripts.proof.disks import clocks, on_sqlite
+from scripts.proof.disks import clocks, on_cassandra, on_sqlite
 from scripts.proof.disks.injury import ToolMissingError
 
 Scene = Callable[[Path], Awaitable[dict[str, Any]]]
 
 
 def prove_disks(work: Path, *, only: str = "", rounds: int = 3) -> dict[str, Any]:
-    """Play the scenes whose name contains `only` in directories below `work`; `holds`, and what each showed."""
+    """Play the scenes whose name contains `only` in directories below `work`; `holds`, and what each showed.
+
+    Raises InvalidOperationError if there are none.
+    """
     logging.getLogger().setLevel(logging.CRITICAL)
     scenes = {name: scene for name, scene in _scenes(rounds).items() if only in name}
+    if not scenes:
+        raise InvalidOperationError(f"there is no scene with {only!r} in its name: {', '.join(_scenes(rounds))}")
     reports = asyncio.run(_play(scenes, work))
-    return {"holds": bool(reports) and not any(report["wrong"] for report in reports.values()), "scenes": reports}
+    return {"holds": not any(report["wrong"] for report in reports.values()), "scenes": reports}
 
 
 async def _play(scenes: Mapping[str, Scene], work: Path) -> dict[str, dict[str, Any]]:
@@ -51,6 +57,13 @@ def _scenes(rounds: int) -> dict[str, Scene]:
         "sqlite: slow disk, two files": partial(on_sqlite.slow_disk, one_file=False, commits=5),
         "sqlite: slow disk, one file": partial(on_sqlite.slow_disk, delay_ms=500, commits=10),
         **{f"sqlite: clock {name}": partial(_clock_on_sqlite, name) for name in clocks.CLOCKS},
+        "cassandra: disk of the commit log full": partial(_disk_full_on_cassandra, "commitlog"),
+        "cassandra: disk of the data full": partial(_disk_full_on_cassandra, "data"),
+        "cassandra: sync error": partial(_on_cassandra, on_cassandra.sync_error),
+        "cassandra: slow disk": partial(_on_cassandra, partial(on_cassandra.slow_disk, delay_ms=200, commits=10)),
+        "cassandra: disk slower than any deadline": partial(
+            _on_cassandra, partial(on_cassandra.slow_disk, delay_ms=5_000)
+        ),
     }
 
 
@@ -59,3 +72,13 @@ async def _clock_on_sqlite(name: str, work: Path) -> dict[str, Any]:
     return await clocks.wrong_clock(
         partial(SqliteStorage, directory), f"sqlite://{directory.absolute()}", work, name=name, commits=40
     )
+
+
+async def _on_cassandra(scene: Callable[..., Awaitable[dict[str, Any]]], work: Path) -> dict[str, Any]:
+    async with on_cassandra.running(work) as below:
+        return await scene(below, work)
+
+
+async def _disk_full_on_cassandra(what: str, work: Path) -> dict[str, Any]:
+    async with on_cassandra.running(work) as below:
+        return await on_cassandra.disk_full(below, what=what)
