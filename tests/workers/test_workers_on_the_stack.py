@@ -29,6 +29,9 @@ from tests.end_to_end.harness import Sent, System, eventually, order, product, s
 pytestmark = pytest.mark.system
 
 CUSTOMERS = 8
+AT_ONCE = 32
+"""Commands of the stream that may be without an answer."""
+
 STALLED = 13
 STORM = (3, 1, 0)
 """How many workers of its own the system has, one number after the other."""
@@ -58,10 +61,16 @@ class Shop:
 
     async def _go_on(self, enough: asyncio.Event, pause_s: float) -> None:
         while not enough.is_set():
+            if self._unanswered() > AT_ONCE:  # a slow machine gets less to do, not more to wait for
+                await asyncio.sleep(pause_s)
+                continue
             some = [self._order(len(self.sent) + number) for number in range(4)]
             await self._system.publish_all(*some)
             self.sent += some
             await asyncio.sleep(pause_s)
+
+    def _unanswered(self) -> int:
+        return sum(not self._system.witness.answers(command.id) for command in self.sent[-10 * AT_ONCE :])
 
     def _order(self, number: int) -> Sent:
         lines = [(f"{self._name}-goods", f"p{self._rng.randrange(4)}", 1, 100), (f"{self._name}-cups", "cup", 1, 900)]
