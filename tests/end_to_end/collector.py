@@ -98,9 +98,9 @@ async def running_collector(port: int = 0) -> AsyncIterator[Collector]:
     collector = Collector()
     app = web.Application(client_max_size=64 * 2**20)
     app.router.add_post("/v1/traces", collector.take)
-    runner = web.AppRunner(app, access_log=None)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
-    site = web.TCPSite(runner, HOST, port, shutdown_timeout=0.1)
+    site = web.TCPSite(runner, HOST, port)
     await site.start()
     collector.url = f"http://{HOST}:{runner.addresses[0][1]}"
     try:
