@@ -101,7 +101,7 @@ def test_a_run_that_never_took_a_rare_path_is_told_so() -> None:
 
 def test_the_command_reports_what_it_ran(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.proof", "simulate", "--seeds", "12", "--first", "5", "--workers", "1"],
+        [sys.executable, "-m", "scripts.proof", "simulate", "--seeds", "30", "--first", "5", "--workers", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -112,7 +112,7 @@ def test_the_command_reports_what_it_ran(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["holds"]
-    assert report["seeds"] == 12
+    assert report["seeds"] == 30
     assert report["violations"] == {}
 
 

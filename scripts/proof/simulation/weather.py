@@ -96,7 +96,7 @@ def weather_of(seed: int) -> Weather:
         imported=draw.random() < 0.3,
         shuffled=draw.random() < 0.7,
         processes=draw.choice((2, 3)),
-        clients=draw.choice((1, 2, 2)) + 4 * group_commit,
+        clients=draw.choice((1, 2, 2)) + 2 * group_commit,
         transactions=draw.randint(22, 28),
         lifetime_ms=lifetime_ms,
         latency_s=draw.choice((0.001, 0.01, 0.05)),
