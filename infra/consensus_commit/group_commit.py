@@ -29,9 +29,9 @@ import asyncio
 from collections import deque
 
 from infra.clock import Clock
-from infra.consensus_commit.coordinator import PARENT_ID_LENGTH, CoordinatorStates, id_in_group
+from infra.consensus_commit.coordinator import CHILD_IDS, PARENT_ID_LENGTH, CoordinatorStates, id_in_group
 from infra.consensus_commit.errors import CommitConflictError, UnknownTransactionStatusError
-from infra.storage.errors import StorageError
+from infra.storage.errors import InvalidOperationError, StorageError
 
 PREPARING_AT_MOST = 3
 """Groups that prepare at a time: with fewer, transactions wait for each other; with more, groups become small."""
@@ -69,7 +69,15 @@ class GroupCommit:
 
     async def join(self, tx_id: str) -> Member:
         """Become a member of the next group, once it starts. The caller goes on by `Member.tx_id` and owes the group
-        one of `commit_state` and `leave`, whatever happens."""
+        one of `commit_state` and `leave`, whatever happens.
+
+        Raises InvalidOperationError if the state table cannot hold groups: nothing was prepared then.
+        """
+        if not await self._states.learn_of_groups():
+            raise InvalidOperationError(
+                f"{self._states.table.full_name} has no column {CHILD_IDS}, which group commit needs: let "
+                "create_coordinator_tables() add it, or turn group_commit off"
+            )
         if not self._gathering or len(self._gathering[-1].members) >= self._members_at_most:
             self._gathering.append(_Group(self, self._states, self._clock))
             # Later in this turn of the loop: whoever asks in the same turn comes along.
@@ -155,6 +163,7 @@ class _Group:
 
     async def commit_state(self, member: Member) -> int:
         if self._is_decided or len(self.members) == 1:
+            self._end_turn()
             try:
                 return await self._alone(member)
             finally:

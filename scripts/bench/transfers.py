@@ -1,7 +1,7 @@
 """Transfers and four-table orders on one Cassandra: this engine beside ScalarDB, in the same run.
 
     python -m scripts.bench.transfers [--seconds N] [--at-once 1,8,32,64] [--work transfer,hot,order] [--storage URL]
-                                      [--rounds N] [--buckets N] [--cache N] [--profile FILE]
+                                      [--rounds N] [--buckets N] [--cache N] [--alone] [--profile FILE]
 
 Method. Both sides run the same work at SERIALIZABLE on tables of their own with the same rows, each with N at once: the
 Java side threads on ScalarDB 3.19 with its defaults, this side asyncio tasks on a TransactionManager behind the
@@ -12,8 +12,9 @@ both; a first round of each, not counted, warms both up. A transaction that meet
     transfer   between two of 10,000 accounts          hot   between two of 10
     order      10,000 products and customers: reads and updates a stock and a wallet, inserts a shipment and an order
 
-Each side has its tables laid out as suits it: ScalarDB's have a partition for each row; ours have 16 for all, where
-batches that wait for a partition go together. `--buckets 0` lays ours out as theirs.
+Each side has its tables laid out as suits it: ScalarDB's have a partition for each row, ours all rows in one, where
+batches that wait for a partition go together. `--buckets 16` gives ours so many, and 0 lays ours out as theirs. Ours
+commits in groups (`--alone`: it does not); ScalarDB's group commit is off by default.
 
 Printed as one JSON object a line: for each work and N committed transactions a second, p50 and p99 in ms, conflicts,
 statements for each committed transaction by phase of the protocol, CPU seconds of this process, of the Java program and
@@ -348,7 +349,7 @@ def main() -> None:
     parser.add_argument("--one-phase", action="store_true", help="ours with one-phase commit where it applies")
     parser.add_argument("--sync", action="store_true", help="ours answering only when records are settled")
     parser.add_argument("--alone", action="store_true", help="ours without group commit")
-    parser.add_argument("--buckets", type=int, default=2, help="partitions of each of our tables; 0: one for each row")
+    parser.add_argument("--buckets", type=int, default=1, help="partitions of each of our tables; 0: one for each row")
     parser.add_argument("--cache", type=int, default=0, help="records that ours keeps between transactions")
     parser.add_argument("--profile", type=Path, help="where to write what this process spends its time on")
     asyncio.run(run(parser.parse_args()))
