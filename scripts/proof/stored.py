@@ -27,8 +27,8 @@ class Stored(Protocol):
 
     def columns(self, name: str) -> list[str]: ...
 
-    def rows(self, name: str) -> list[Row]:
-        """Every row as it is stored; none of a table that does not exist (yet)."""
+    def rows(self, name: str, only: Sequence[str] = ()) -> list[Row]:
+        """Every row as it is stored, or `only` some columns of it; none of a table that does not exist (yet)."""
 
     def count(self, name: str) -> int: ...
 
@@ -73,14 +73,15 @@ class _SqliteFiles:
         namespace, _, table = name.partition(".")
         return [row[1] for row in self._in(namespace).execute(f'PRAGMA table_info("{table}")')]
 
-    def rows(self, name: str) -> list[Row]:
+    def rows(self, name: str, only: Sequence[str] = ()) -> list[Row]:
         namespace, _, table = name.partition(".")
         if not (self._folder / f"{namespace}.db").exists():
             return []
-        columns = self.columns(name)
-        if not columns:
+        if not self.columns(name):
             return []
-        return [dict(zip(columns, row, strict=True)) for row in self._in(namespace).execute(f'SELECT * FROM "{table}"')]
+        columns = only or self.columns(name)
+        found = self._in(namespace).execute(f'SELECT {_listed(columns)} FROM "{table}"')
+        return [dict(zip(columns, row, strict=True)) for row in found]
 
     def count(self, name: str) -> int:
         namespace, _, table = name.partition(".")
@@ -124,13 +125,12 @@ class _CassandraKeyspaces:
     def columns(self, name: str) -> list[str]:
         return self._columns[name]
 
-    def rows(self, name: str) -> list[Row]:
+    def rows(self, name: str, only: Sequence[str] = ()) -> list[Row]:
         if name not in self._columns:
             return []
         namespace, _, table = name.partition(".")
-        columns = self._columns[name]
-        listed = ", ".join(f'"{column}"' for column in columns)
-        found = self._session.execute(f'SELECT {listed} FROM "{namespace}"."{table}"')
+        columns = only or self._columns[name]
+        found = self._session.execute(f'SELECT {_listed(columns)} FROM "{namespace}"."{table}"')
         return [dict(zip(columns, map(_as_in_sqlite, row), strict=True)) for row in found]
 
     def count(self, name: str) -> int:
@@ -139,6 +139,10 @@ class _CassandraKeyspaces:
         namespace, _, table = name.partition(".")
         counted: int = self._session.execute(f'SELECT count(*) FROM "{namespace}"."{table}"').one()[0]
         return counted
+
+
+def _listed(columns: Sequence[str]) -> str:
+    return ", ".join(f'"{column}"' for column in columns)
 
 
 def _as_in_sqlite(value: Any) -> Any:

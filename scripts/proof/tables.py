@@ -48,7 +48,7 @@ def in_doubt(directory: Path) -> list[str]:
             f"{name}: {row['tx_id']} in state {row['tx_state']}"
             for name in storage.tables()
             if "before_tx_id" in storage.columns(name)  # the states of transactions are no records
-            for row in storage.rows(name)
+            for row in storage.rows(name, ("tx_id", "tx_state"))
             if row["tx_state"] not in (None, COMMITTED)
         ]
 

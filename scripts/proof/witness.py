@@ -6,6 +6,7 @@ It reads `read_committed`, as a careful consumer outside of the system would, wi
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -36,6 +37,8 @@ class Witness:
             fetch_max_bytes=4 * _FETCH_BYTES,
         )
         self._answers: dict[str, list[dict[str, Any]]] = {}
+        self.answered_at_s: dict[str, float] = {}
+        """When the first answer to a command id was seen, by the monotonic clock."""
         self._news = asyncio.Condition()
         self._reading: asyncio.Task[None] | None = None
 
@@ -108,6 +111,7 @@ class Witness:
         self.history.add(seen)
         if seen.topic.endswith(".results"):
             self._answers.setdefault(seen.body["id"], []).append(seen.body)
+            self.answered_at_s.setdefault(seen.body["id"], time.monotonic())
 
     def _check_reading(self) -> None:
         if self._reading is not None and self._reading.done():

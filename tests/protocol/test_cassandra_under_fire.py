@@ -19,7 +19,7 @@ from infra.servers.cassandra import LocalCassandra
 from infra.storage.cassandra import CassandraStorage
 from infra.storage.errors import StorageError
 from infra.storage.operations import DataType, Key, ScanAll, TableSchema
-from tests.storage.tcp_proxy import TcpProxy
+from scripts.proof.tcp_proxy import TcpProxy
 
 ACCOUNTS = TableSchema("bank", "accounts", {"id": DataType.INT, "balance": DataType.INT}, ("id",))
 STORED = transactional(ACCOUNTS)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
-from tcp_proxy import TcpProxy
 
 from infra.storage.cassandra import CassandraStorage, _Table
 from infra.storage.errors import (
@@ -41,6 +40,7 @@ from infra.storage.operations import (
     TableSchema,
     Value,
 )
+from scripts.proof.tcp_proxy import TcpProxy
 
 if TYPE_CHECKING:
     from infra.servers.cassandra import LocalCassandra

@@ -16,7 +16,6 @@ import pytest
 import pytest_asyncio
 from aiobotocore.session import get_session
 from aiohttp import web
-from tcp_proxy import TcpProxy
 
 from infra.storage.dynamodb import DynamoDbStorage
 from infra.storage.errors import (
@@ -39,6 +38,7 @@ from infra.storage.operations import (
     Scan,
     TableSchema,
 )
+from scripts.proof.tcp_proxy import TcpProxy
 
 if TYPE_CHECKING:
     from infra.servers.dynamodb import LocalDynamoDb

@@ -8,7 +8,8 @@
         proxy.pass_on()             # whole again: connections that lost bytes are broken, as no protocol survives that
 
 Requests are what clients send, answers what the server sends. Modes hold for all connections, old and new, until the
-next one is set. It runs on the event loop of its caller and knows nothing of what it carries.
+next one is set. It runs on the event loop of its caller and knows nothing of what it carries, but for `KafkaProxy`: a
+broker tells its clients where it is, so its answers are made to say where the proxy is.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Literal, Self
 Mode = Literal["pass", "hold answers", "swallow answers", "swallow requests", "break on answer", "refuse"]
 
 _CHUNK = 65_536
+_SIZE = struct.Struct(">i")
+"""Before each of Kafka's answers."""
 
 
 class _Link:
@@ -32,6 +35,8 @@ class _Link:
         self.client = client
         self.server = server
         self.lost_bytes = False
+        self.unfinished = b""
+        """The beginning of an answer whose end has not come yet; where answers are looked into."""
 
     def reset(self) -> None:
         """Close both ends with RST, without sending what is buffered."""
@@ -179,5 +184,32 @@ class TcpProxy:
                     if self._mode == "break on answer":
                         link.reset()
                     continue
-                link.client.write(chunk)
+                link.client.write(self._told(link, chunk))
                 await link.client.drain()
+
+    def _told(self, link: _Link, chunk: bytes) -> bytes:
+        """What clients are told in place of the server's next bytes."""
+        return chunk
+
+
+class KafkaProxy(TcpProxy):
+    """In front of one broker that calls itself `target_host`:`target_port`; its clients stay with the proxy.
+
+    Brokers name themselves in the answers to Metadata and FindCoordinator as a string and an INT32, whatever the
+    version, so the name of the proxy takes as many bytes. Source: kafka.apache.org/protocol, "Metadata Response".
+    """
+
+    def __init__(self, target_host: str, target_port: int) -> None:
+        super().__init__(target_host, target_port, host=target_host)
+        self._broker = target_host.encode() + struct.pack(">i", target_port)
+
+    def _told(self, link: _Link, chunk: bytes) -> bytes:
+        waiting = link.unfinished + chunk
+        end = 0
+        while len(waiting) - end >= _SIZE.size:
+            (size,) = _SIZE.unpack_from(waiting, end)
+            if len(waiting) < end + _SIZE.size + size:
+                break
+            end += _SIZE.size + size
+        link.unfinished = waiting[end:]
+        return waiting[:end].replace(self._broker, self.host.encode() + struct.pack(">i", self.port))
