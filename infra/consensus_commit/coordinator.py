@@ -156,6 +156,7 @@ class CoordinatorStates:
         group = group_and_child(tx_id)
         if group is not None:
             parent, child = group
+            await self.learn_of_groups()
             decided = await self._get(parent)
             if decided is not None and child in decided.child_ids:
                 return replace(decided, tx_id=tx_id)
@@ -188,6 +189,17 @@ class CoordinatorStates:
                 if more.items() <= OPTIONAL_COLUMNS.items():
                     self.table = replace(self.table, columns={**self.table.columns, **more})
                 self._is_adopted = True
+
+    async def learn_of_groups(self) -> bool:
+        """Whether the state table can hold groups, looking at it again if that is not known.
+
+        Somebody may have added the column since: whoever then read a group's row without it would take its members
+        for undecided, and abort what is committed.
+        """
+        if CHILD_IDS not in self.table.columns:
+            self._is_adopted = False
+            await self._adopt()
+        return CHILD_IDS in self.table.columns
 
     def _remember(self, decided: StateRow) -> StateRow:
         self._known[decided.tx_id] = decided
@@ -251,6 +263,7 @@ class CoordinatorStates:
         group = None if own else group_and_child(tx_id)
         if group is not None:
             parent, child = group
+            await self.learn_of_groups()
             in_group = await self._decide_aborted(parent)
             if child in in_group.child_ids:
                 return replace(in_group, tx_id=tx_id)
