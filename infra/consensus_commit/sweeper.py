@@ -33,7 +33,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from infra.clock import Clock
-from infra.consensus_commit.coordinator import CoordinatorStates, StateRow, group_and_child
+from infra.consensus_commit.coordinator import CoordinatorStates, StateRow, group_and_child, id_in_group
 from infra.consensus_commit.errors import CrudConflictError, TransactionError
 from infra.consensus_commit.intents import Intent, Partition
 from infra.consensus_commit.journal import Journal
@@ -208,25 +208,30 @@ class Sweeper:
         True also where there is no state row: it was finished, or never began. The records are found by the intent,
         by the write set that a Java program logged, or by scanning `tables`; False, and nothing is touched, if there
         is none of these. Tables that are not there were dropped. Only for transactions whose writer is no longer at
-        work (rule 8). Storage errors pass through.
+        work (rule 8). By the id of a group, all that its row commits are finished; by that of a member, its group's
+        row stays. Storage errors pass through.
         """
         state = await self._states.get_state(tx_id)
         if state is None:
             return True
-        intent = await self._intent(tx_id)
-        if intent is not None:
-            for partition in intent.partitions:
-                await self._settle_partition(partition, state)
-        elif state.write_set is not None:
-            await self._settle_written(state, decode(state.write_set))
-        elif tables:
-            for table in tables:
-                await self._settle_in(table, state)
-        else:
+        mine = _of_each(state)
+        intents = await self._intents({each.tx_id for each in mine})
+        if len(intents) < len(mine) and state.write_set is None and not tables:
             return False
+        for each in mine:
+            intent = intents.get(each.tx_id)
+            if intent is not None:
+                for partition in intent.partitions:
+                    await self._settle_partition(partition, each)
+            elif state.write_set is None:
+                for table in tables:
+                    await self._settle_in(table, each)
+        if state.write_set is not None:
+            await self._settle_written(state, decode(state.write_set))
         await self._states.forget(state)
-        if intent is not None and self._journal is not None:
-            await self._journal.log.remove(intent.coordinator, [tx_id])
+        if self._journal is not None:
+            for intent in intents.values():
+                await self._journal.log.remove(intent.coordinator, [intent.tx_id])
         return True
 
     async def recover(self, tx_id: str, tables: Collection[TableSchema], *, abort: bool = False) -> int:
@@ -238,7 +243,7 @@ class Sweeper:
         state = await self._states.abort_state(tx_id) if abort else await self._states.get_state(tx_id)
         if state is None:
             raise CrudConflictError(f"transaction {tx_id} is undecided")
-        return sum([await self._settle_in(table, state) for table in tables])
+        return sum([await self._settle_in(table, each) for each in _of_each(state) for table in tables])
 
     async def _settle_in(self, table: TableSchema, state: StateRow) -> int:
         layout = layout_of(table)
@@ -268,16 +273,23 @@ class Sweeper:
         for (_, values, owner), table in partitions.items():
             await self._recovery.settle_partition(table, values, owner, replace(state, tx_id=owner))
 
-    async def _intent(self, tx_id: str) -> Intent | None:
+    async def _intents(self, tx_ids: Collection[str]) -> dict[str, Intent]:
         if self._journal is None:
-            return None
-        return next((intent for intent in await self._journal.log.all() if intent.tx_id == tx_id), None)
+            return {}
+        return {intent.tx_id: intent for intent in await self._journal.log.all() if intent.tx_id in tx_ids}
 
     async def _table(self, full_name: str) -> TableSchema | None:
         """The stored table of that name, looked up again where it is not known."""
         if full_name not in self._tables:
             self._tables = {table.full_name: table for table in await self._storage.tables()}
         return self._tables.get(full_name)
+
+
+def _of_each(state: StateRow) -> list[StateRow]:
+    """What `state` says of each transaction that it decides: of one, or of all that a group's row commits."""
+    if group_and_child(state.tx_id) is not None or not state.child_ids:
+        return [state]
+    return [replace(state, tx_id=id_in_group(state.tx_id, child_id)) for child_id in state.child_ids]
 
 
 def _owner(state: StateRow, record: WrittenRecord) -> str:

@@ -2,6 +2,8 @@
 
 Records are found by the transaction's intent, else by the write set that its program logged, else by looking at every
 record of every transactional table. Settling is what any reader would do, so it is safe while programs run.
+
+A transaction that commits in a group has the id `group$child`; the id of a group stands for all its members.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from infra.clock import Clock, SystemClock
-from infra.consensus_commit.coordinator import StateRow
+from infra.consensus_commit.coordinator import PARENT_ID_LENGTH, StateRow
 from infra.consensus_commit.intents import Intent, IntentLog
 from infra.consensus_commit.manager import TransactionManager
 from infra.consensus_commit.metadata import TX_ID, TX_PREPARED_AT, TX_STATE, is_committed, is_transactional, layout_of
@@ -25,8 +27,9 @@ from scripts.cli.exit_codes import ExitCode
 
 @dataclass(frozen=True)
 class Waiting:
-    """A record that is PREPARED or DELETED for the transaction."""
+    """A record that is PREPARED or DELETED for the transaction (`tx_id` is its own, not that of its group)."""
 
+    tx_id: str
     table: TableSchema
     key: Key
     tx_state: TransactionState
@@ -69,10 +72,10 @@ class Transactions:
             for namespace, name, partition in intent.partitions:
                 table = chosen.get(f"{namespace}.{name}")
                 if table is not None:
-                    waiting += _waiting(table, await self._storage.scan(Scan(table, partition, where=(_of(tx_id),))))
+                    waiting += _waiting(table, await self._storage.scan(Scan(table, partition, where=_of(tx_id))))
             return Transaction(tx_id, state, intent, tuple(waiting), "intent")
         for table in chosen.values():
-            async for page in self._storage.pages(ScanAll(table, (_of(tx_id),))):
+            async for page in self._storage.pages(ScanAll(table, _of(tx_id))):
                 waiting += _waiting(table, page)
         return Transaction(tx_id, state, intent, tuple(waiting), "scan")
 
@@ -86,6 +89,10 @@ class Transactions:
             await self._tables(tables)  # refuse a wrong name before anything is decided
             await self._manager.states.abort_state(tx_id)
         found = await self.look_up(tx_id, tables)
+        members = sorted({record.tx_id for record in found.waiting} - {tx_id})
+        if members:  # Each has a decision of its own: its group's row need not list it.
+            settled = [(await self.recover(member, tables, abort=abort)) for member in members]
+            return found.state or settled[0][0], sum(number for _, number in settled)
         if found.state is None:
             if not found.waiting:
                 raise CommandError(
@@ -97,10 +104,10 @@ class Transactions:
                 "way. If its program is gone, `--abort` decides it.",
                 ExitCode.REFUSED,
             )
-        settled = 0
+        number = 0
         for table, partition in dict.fromkeys(record.partition for record in found.waiting):
-            settled += await self._manager.recovery.settle_partition(table, partition, tx_id, found.state)
-        return found.state, settled
+            number += await self._manager.recovery.settle_partition(table, partition, tx_id, found.state)
+        return found.state, number
 
     async def finish(self, tx_id: str, *, writer_is_gone: bool) -> tuple[StateRow | None, int]:
         """Settle every record of a decided transaction, then forget its decision; the decision, and how many records.
@@ -175,6 +182,7 @@ def as_json(found: Transaction) -> dict[str, Any]:
         "tx_id": found.tx_id,
         "state": "UNDECIDED" if found.state is None else found.state.state.name,
         "decided_at_ms": None if found.state is None else found.state.created_at_ms,
+        **({"children": list(found.state.child_ids)} if found.state is not None and found.state.child_ids else {}),
         "intent": None
         if intent is None
         else {
@@ -186,6 +194,7 @@ def as_json(found: Transaction) -> dict[str, Any]:
         "looked_by": found.looked_by,
         "waiting": [
             {
+                "tx_id": record.tx_id,
                 "table": record.table.full_name,
                 "key": list(record.key.partition + record.key.clustering),
                 "tx_state": record.tx_state.name,
@@ -199,6 +208,7 @@ def as_json(found: Transaction) -> dict[str, Any]:
 def _waiting(table: TableSchema, rows: Sequence[Row]) -> list[Waiting]:
     return [
         Waiting(
+            cast(str, row[TX_ID]),
             table,
             layout_of(table).key_of(row),
             TransactionState(cast(int, row[TX_STATE])),
@@ -209,8 +219,12 @@ def _waiting(table: TableSchema, rows: Sequence[Row]) -> list[Waiting]:
     ]
 
 
-def _of(tx_id: str) -> ColumnCondition:
-    return ColumnCondition(TX_ID, Operator.EQ, tx_id)
+def _of(tx_id: str) -> tuple[ColumnCondition, ...]:
+    """Which records are those of `tx_id`; of a group, those of its members: `tx_id$` and whatever follows."""
+    if len(tx_id) != PARENT_ID_LENGTH:
+        return (ColumnCondition(TX_ID, Operator.EQ, tx_id),)
+    first, behind = f"{tx_id}$", f"{tx_id}{chr(ord('$') + 1)}"
+    return (ColumnCondition(TX_ID, Operator.GE, first), ColumnCondition(TX_ID, Operator.LT, behind))
 
 
 def _records(waiting: Sequence[Waiting]) -> str:

@@ -16,7 +16,9 @@ from scripts.cli.system import System
 if TYPE_CHECKING:
     from scripts.cli.transactions import Transactions
 
-TxId = Annotated[str, typer.Argument(metavar="TX_ID", help="The transaction's id, as logs and records have it.")]
+TxId = Annotated[
+    str, typer.Argument(metavar="TX_ID", help="The transaction's id, as logs and records have it, or a group's.")
+]
 Tables = Annotated[
     list[str] | None,
     typer.Option("--table", metavar="NAMESPACE.TABLE", help="Look for records only here; repeatable (default: all)."),
@@ -112,7 +114,11 @@ def for_people(found: Mapping[str, Any]) -> str:
     lines = [f"{found['tx_id']}  {found['state']}"]
     if found["intent"] is not None:
         lines.append(f"  announced by {found['intent']['coordinator']}, {found['intent']['partitions']} partitions")
-    lines += [f"  {record['tx_state']:<8}  {record['table']}  {cell(record['key'])}" for record in found["waiting"]]
+    if "children" in found:
+        lines.append(f"  decided by the row of a group of {len(found['children'])}")
+    for record in found["waiting"]:
+        whose = "" if record["tx_id"] == found["tx_id"] else f"  {record['tx_id']}"
+        lines.append(f"  {record['tx_state']:<8}  {record['table']}  {cell(record['key'])}{whose}")
     if not found["waiting"]:
         lines.append("  no record waits for it")
     return "\n".join(lines)

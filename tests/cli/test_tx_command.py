@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from infra.clock import SystemClock
+from infra.consensus_commit.coordinator import CoordinatorStates
 from infra.consensus_commit.intents import Intent, IntentLog, new_intended_id
 from infra.consensus_commit.manager import TransactionManager
 from infra.consensus_commit.metadata import transactional
@@ -120,6 +121,7 @@ class Bank:
 
     def decisions(self) -> int:
         async def work(storage: SqliteStorage, manager: TransactionManager) -> int:
+            await manager.states.create_tables()  # It learns which columns the table has.
             return len(await storage.partitions(manager.states.table))
 
         return self.storage(work)
@@ -269,3 +271,89 @@ def test_where_nothing_was_ever_decided_the_command_says_so(tmp_path: Path) -> N
     assert code == ExitCode.UNREACHABLE
     assert "--storage" in err
     assert not (tmp_path / "tables").exists()
+
+
+GROUP = "0123456789abcdef01234567"
+
+
+def in_group(bank: Bank, *, decided: bool) -> tuple[str, str]:
+    """Two transactions of a group that died after they had prepared a record each; their ids."""
+
+    async def work(storage: SqliteStorage, manager: TransactionManager) -> tuple[str, str]:
+        states = CoordinatorStates(storage, bank.clock, group_commit=True)
+        await states.create_tables()
+        for child, table, number in (("one", ACCOUNT, 1), ("other", OTHER, 7)):
+            participant = ParticipantTransaction(
+                f"{GROUP}${child}",
+                isolation=Isolation.SNAPSHOT,
+                storage=storage,
+                recovery=manager.recovery,
+                clock=bank.clock,
+            )
+            await participant.get(table, Key((number,)))
+            await participant.upsert(table, Key((number,)), {"balance": 99})
+            await participant.prepare_records(bank.clock.now_ms())
+        if decided:
+            await states.commit_group(GROUP, ["one", "other"], bank.clock.now_ms())
+        return f"{GROUP}$one", f"{GROUP}$other"
+
+    return bank.storage(work)
+
+
+def test_a_member_is_shown_with_the_decision_of_its_group(bank: Bank) -> None:
+    one, other = in_group(bank, decided=True)
+
+    code, shown, _ = bank.tx("show", one)
+
+    assert (code, shown["tx_id"], shown["state"], shown["children"]) == (0, one, "COMMITTED", ["one", "other"])
+    assert [(record["tx_id"], record["table"]) for record in shown["waiting"]] == [(one, "bank.account")]
+    assert "decided by the row of a group of 2" in bank.tx("show", other, human=True)[1]
+
+
+@pytest.mark.parametrize("decided", [True, False], ids=["committed", "undecided"])
+def test_a_group_is_shown_with_the_records_of_all_its_members(bank: Bank, decided: bool) -> None:
+    one, other = in_group(bank, decided=decided)
+
+    code, shown, _ = bank.tx("show", GROUP)
+
+    assert (code, shown["state"]) == ((0, "COMMITTED") if decided else (ExitCode.NO_ANSWER, "UNDECIDED"))
+    assert [(record["tx_id"], record["table"]) for record in shown["waiting"]] == [
+        (one, "bank.account"),
+        (other, "shop.stock"),
+    ]
+    assert f"[1]  {one}" in bank.tx("show", GROUP, human=True)[1]
+
+
+def test_a_member_is_recovered_and_finished_by_itself(bank: Bank) -> None:
+    one, other = in_group(bank, decided=True)
+
+    assert bank.tx("recover", one)[1] == {"tx_id": one, "state": "COMMITTED", "settled": 1}
+    assert bank.tx("finish", one)[0] == 0
+
+    assert bank.decisions() == 1, "the other still needs the row of their group"
+    assert bank.tx("recover", other)[1]["settled"] == 1
+    assert bank.balances() == (99, 99)
+
+
+@pytest.mark.parametrize("command", ["recover", "finish"])
+def test_a_group_is_recovered_and_finished_with_all_its_members(bank: Bank, command: str) -> None:
+    in_group(bank, decided=True)
+
+    code, done, _ = bank.tx(command, GROUP)
+
+    assert (code, done["state"], done["settled"]) == (0, "COMMITTED", 2)
+    assert bank.balances() == (99, 99)
+    assert bank.decisions() == (1 if command == "recover" else 0)
+
+
+def test_a_group_that_is_undecided_is_only_aborted_when_that_is_said(bank: Bank) -> None:
+    one, _ = in_group(bank, decided=False)
+
+    code, _, said = bank.tx("recover", GROUP)
+    assert code == ExitCode.REFUSED
+    assert one in said
+    assert bank.decisions() == 0
+
+    assert bank.tx("recover", GROUP, "--abort")[1] == {"tx_id": GROUP, "state": "ABORTED", "settled": 2}
+    assert bank.balances() == (10, None)
+    assert bank.decisions() == 3, "the group is barred, and each of its members aborted"
