@@ -105,10 +105,13 @@ async def _write(storage: Storage, table: TableSchema, rows: Sequence[Row]) -> N
         async with permits:
             await _write_patiently(storage, mutations)
 
-    async with asyncio.TaskGroup() as group:
-        for mutations in units.values():
-            for first in range(0, len(mutations), size):
-                group.create_task(write(mutations[first : first + size]))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for mutations in units.values():
+                for first in range(0, len(mutations), size):
+                    group.create_task(write(mutations[first : first + size]))
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None  # The first is what callers know how to tell.
 
 
 async def _write_patiently(storage: Storage, mutations: list[Mutation]) -> None:

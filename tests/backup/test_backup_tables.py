@@ -57,7 +57,7 @@ FULL = {
     "small": -(2**31),
     "large": 2**53,
     "single": 0.5,
-    "double": 1e-300,
+    "double": 1e-100,
     "words": 'line\nbreak "quoted" \u2028 ü',
     "bytes_": bytes(range(256)),
     "day": datetime.date(1066, 10, 14),

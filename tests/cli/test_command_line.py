@@ -52,6 +52,7 @@ COMMANDS = {
     "backup prune",
     "backup show",
     "backup verify",
+    "redrive",
     "restore",
     "top",
     "slis",
