@@ -54,13 +54,15 @@ def test_the_examples_of_the_engines_guide_run(storage: str, tmp_path: Path, req
         server = request.getfixturevalue("cassandra")
         address = f"{server.contact_point}:{server.port}"
     example = EXAMPLES[storage].replace("/var/lib/bank", str(tmp_path)).replace("127.0.0.1:9042", address)
-    # A keyspace of its own: the server is shared with other tests.
-    whole = example + EXAMPLES["any"].replace('"bank"', '"bank_of_the_guide"') + "await storage.close()\n"
+    whole = example + EXAMPLES["any"] + EXAMPLES["groups"] + "await storage.close()\n"
+    # Keyspaces of its own: the server is shared with other tests.
+    whole = whole.replace('"bank"', '"bank_of_the_guide"')
+    whole = whole.replace("(storage", '(storage, coordinator_namespace="coordinator_of_the_guide"')
     program = "import asyncio\n\nasync def main():\n" + textwrap.indent(whole, "    ") + "\nasyncio.run(main())\n"
 
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
 
-    assert done.stdout == "[70, 30] 30\n", done.stderr
+    assert done.stdout == "[70, 30] 30\n[71, 31]\n", done.stderr
 
 
 @pytest.mark.parametrize("link", sorted({link for link in re.findall(r"\]\(([^)\s]+)\)", GUIDE) if "://" not in link}))
