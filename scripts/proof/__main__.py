@@ -1,4 +1,6 @@
-"""`python -m scripts.proof replay|small-stock|chaos|histories|simulate|disks`: run a long proof, print a JSON report.
+"""`python -m scripts.proof replay|small-stock|chaos|…`: run a long proof, print a JSON report.
+
+`chaos` replays files on SQLite; `chaos --profile stack` invents its load, and hurts Kafka and Cassandra as well.
 
 `simulate --seeds N` plays the engine in simulated weather and starts nothing; `--seeds 1 --first SEED` plays one seed
 again; `--mutation NAME|all` plants bugs into the engine, and what is proven is that they are found.
@@ -21,6 +23,7 @@ from typing import Any
 from infra.consensus_commit.states import Isolation
 from infra.storage.errors import InvalidOperationError
 from scripts.proof import scenarios
+from scripts.proof.disks.injury import ToolMissingError
 from scripts.proof.histories.command import NAMED, prove_histories
 from scripts.proof.simulation.mutations import MUTATIONS
 from scripts.proof.simulation.running import prove_mutations, prove_simulation
@@ -35,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         ("chaos", "a file while processes are killed, compared with the same file in peace"),
     ):
         command = commands.add_parser(name, help=help)
-        command.add_argument("--file", type=Path, action="append", required=True, help="Online Retail, .csv or .csv.gz")
+        command.add_argument("--file", type=Path, action="append", default=[], help="Online Retail, .csv or .csv.gz")
         command.add_argument("--limit", type=int, default=0, help="only so many invoices; 0: all")
         command.add_argument("--work", type=Path, help="keep systems and their data in this directory")
         if name == "small-stock":
@@ -44,6 +47,19 @@ def _parser() -> argparse.ArgumentParser:
         if name == "chaos":
             command.add_argument("--seed", type=int, default=1)
             command.add_argument("--times", type=int, default=3, help="how often each kind of process is killed")
+            command.add_argument("--profile", choices=("local", "stack"), default="local")
+            command.add_argument("--minutes", type=float, default=30, help="of load and faults; profile stack")
+    times = commands.add_parser("recovery-times", help="each part killed: how soon a new command commits")
+    times.add_argument("--profile", choices=("local", "stack"), default="stack")
+    times.add_argument("--tries", type=int, default=10)
+    times.add_argument("--seed", type=int, default=1)
+    times.add_argument("--work", type=Path, help="keep the system and its data in this directory")
+    soak = commands.add_parser("soak", help="steady work: memory, descriptors and tables over an hour")
+    soak.add_argument("--profile", choices=("local", "stack"), default="stack")
+    soak.add_argument("--minutes", type=float, default=60)
+    soak.add_argument("--rate", type=float, required=True, help="messages a second: half of what is sustainable")
+    soak.add_argument("--seed", type=int, default=1)
+    soak.add_argument("--work", type=Path, help="keep the system and its data in this directory")
     command = commands.add_parser("histories", help="random transactions under faults, and their histories checked")
     command.add_argument("--storage", default="sqlite", help=f"{', '.join(NAMED)}, or a URL")
     command.add_argument("--transactions", type=int, default=20_000, help="attempts in all (default: 20000)")
@@ -75,6 +91,30 @@ def _disks(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     return prove_disks(work, only=arguments.only, rounds=arguments.rounds)
 
 
+def _chaos(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    if arguments.profile == "stack":
+        from scripts.proof.on_stack.chaos import prove_chaos_on_the_stack
+
+        return prove_chaos_on_the_stack(work, minutes=arguments.minutes, seed=arguments.seed)
+    return scenarios.prove_chaos(
+        arguments.file, work, limit=arguments.limit, seed=arguments.seed, times=arguments.times
+    )
+
+
+def _recovery_times(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    from scripts.proof.on_stack.recovery import prove_recovery_times
+
+    return prove_recovery_times(work, profile=arguments.profile, tries=arguments.tries, seed=arguments.seed)
+
+
+def _soak(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    from scripts.proof.on_stack.soak import prove_soak
+
+    return prove_soak(
+        work, profile=arguments.profile, minutes=arguments.minutes, rate=arguments.rate, seed=arguments.seed
+    )
+
+
 def _run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     run: dict[str, Callable[[], dict[str, Any]]] = {
         "replay": lambda: scenarios.prove_replay(arguments.file, work, limit=arguments.limit),
@@ -85,9 +125,9 @@ def _run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             initial_stock=arguments.initial_stock,
             initial_balance=arguments.initial_balance,
         ),
-        "chaos": lambda: scenarios.prove_chaos(
-            arguments.file, work, limit=arguments.limit, seed=arguments.seed, times=arguments.times
-        ),
+        "chaos": lambda: _chaos(arguments, work),
+        "recovery-times": lambda: _recovery_times(arguments, work),
+        "soak": lambda: _soak(arguments, work),
         "histories": lambda: prove_histories(
             arguments.storage,
             work,
@@ -104,6 +144,9 @@ def _run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 def main() -> int:
     arguments = _parser().parse_args()
     files: list[Path] = getattr(arguments, "file", [])
+    if hasattr(arguments, "file") and not files and getattr(arguments, "profile", "local") == "local":
+        print(f"{arguments.scenario} needs a file: --file", file=sys.stderr)
+        return 2
     for file in files:
         if not file.is_file():
             print(f"There is no file {file}.", file=sys.stderr)
@@ -119,7 +162,8 @@ def main() -> int:
         if files:
             report["files"] = [str(file) for file in files]
         report |= _run(arguments, work)
-    except InvalidOperationError as error:  # --storage is neither a name nor a URL, --only no scene's
+    # --storage is neither a name nor a URL, --only no scene's; a tool that a proof needs is not installed
+    except (InvalidOperationError, ToolMissingError) as error:
         print(error, file=sys.stderr)
         return 2
     finally:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from scripts.proof.stored import Row, stored
+from scripts.proof.stored import Row, Stored, stored, stored_at
 
 COMMITTED = 3
 """`tx_state` of a record at rest; null is one that was there before transactions were."""
@@ -44,13 +44,23 @@ LEFT_OUT = ("transaction_id", "record_version")
 def in_doubt(directory: Path) -> list[str]:
     """Every record that is PREPARED or DELETED, in any table of the system's directory."""
     with stored(directory) as storage:
-        return [
-            f"{name}: {row['tx_id']} in state {row['tx_state']}"
-            for name in storage.tables()
-            if "before_tx_id" in storage.columns(name)  # the states of transactions are no records
-            for row in storage.rows(name, ("tx_id", "tx_state"))
-            if row["tx_state"] not in (None, COMMITTED)
-        ]
+        return _in_doubt(storage)
+
+
+def in_doubt_at(url: str) -> list[str]:
+    """The same of the storage at an address."""
+    with stored_at(url) as storage:
+        return _in_doubt(storage)
+
+
+def _in_doubt(storage: Stored) -> list[str]:
+    return [
+        f"{name}: {row['tx_id']} in state {row['tx_state']}"
+        for name in storage.tables()
+        if "before_tx_id" in storage.columns(name)  # the states of transactions are no records
+        for row in storage.rows(name, ("tx_id", "tx_state"))
+        if row["tx_state"] not in (None, COMMITTED)
+    ]
 
 
 def aborted(directory: Path) -> set[str]:
