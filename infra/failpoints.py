@@ -93,9 +93,11 @@ def arm(file: Path, lines: list[str]) -> None:
     for line in lines:
         if line.partition("=")[0] not in FAILPOINTS:
             raise ValueError(f"no failpoint is called {line.partition('=')[0]!r}")
-    temporary = file.with_suffix(".new")
-    temporary.write_text("".join(f"{line}\n" for line in lines))
-    temporary.replace(file)
+    with open(f"{file}.lock", "w") as lock:  # some process may be taking a line at this moment
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        temporary = file.with_suffix(".new")
+        temporary.write_text("".join(f"{line}\n" for line in lines))
+        temporary.replace(file)
 
 
 def fired(file: Path) -> list[str]:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -156,6 +158,8 @@ def main() -> int:
         print(f"{kept} is not empty: a proof begins with nothing.", file=sys.stderr)
         return 2
     work = kept or Path(tempfile.mkdtemp(prefix="concord-proof."))
+    # A proof that is told to end takes its systems with it, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     started_s = time.monotonic()
     try:
         report: dict[str, Any] = {"scenario": arguments.scenario}
