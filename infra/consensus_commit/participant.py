@@ -574,7 +574,7 @@ class ParticipantTransaction:
             serializable = self.isolation is Isolation.SERIALIZABLE
             in_the_way = self._recovered if serializable else self._recovered & self._snapshot.writes.keys()
             if self._reads_afresh:  # Nobody has looked yet whether they can be recovered.
-                writes = [self._snapshot.writes[record_id] for record_id in in_the_way]
+                writes = [write for record_id, write in self._snapshot.writes.items() if record_id in in_the_way]
                 await in_parallel([self._recovery.recover_record(w.layout.stored, w.key) for w in writes])
             else:
                 await self._recovery.wait_for(in_the_way)

@@ -68,7 +68,7 @@ def a_version_too_many(found: Evidence) -> None:
 
 
 def a_record_of_another_writer(found: Evidence) -> None:
-    next(row for row in found.rows["one"] if row["part"] == 0)["tx_id"] = "somebody"
+    next(row for row in found.rows["one"] if row["part"] == 0 and row["tx_id"] in found.logs)["tx_id"] = "somebody"
 
 
 def a_doubled_append(found: Evidence) -> None:
