@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -11,7 +12,9 @@ from infra.messaging.errors import MessagingError
 from infra.messaging.producer import EventProducer
 from scripts.proof.on_stack.load import Message
 
-UNANSWERED_AT_MOST = 300
+UNANSWERED_AT_MOST = 150
+"""What can be answered within a part of the time in which everything must be settled."""
+
 AT_ONCE_AT_MOST = 20
 LOOKED_EVERY_S = 0.05
 GIVEN_UP_AFTER_S = 180.0
@@ -32,6 +35,7 @@ class Client:
     def __init__(
         self, producer: EventProducer, witness: Answered, messages: Iterator[Message], *, remember: bool = True
     ) -> None:
+        logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # it says ten times a second that a broker is away
         self._producer = producer
         self._witness = witness
         self._messages = messages

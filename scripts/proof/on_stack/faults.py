@@ -126,7 +126,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("kafka's answers swallowed", 4, Mislead("kafka", "swallow answers", (1, 4)), "requests are repeated", 45),
     Fault("kafka's answers delayed", 4, Mislead("kafka", "delay answers", (3, 6)), "they come late", 45),
     Fault("connections to kafka broken", 4, Mislead("kafka", "break connections", (1, 2)), "requests are repeated", 45),
-    Fault("rebalance storm", 3, Storm((3, 1, 2)), "partitions find their workers", 60),
+    Fault("rebalance storm", 3, Storm((3, 2)), "partitions find their workers", 60),
     Fault("commands repeated", 5, Repeat(40, changed=False), FIRST_WINS, 45),
     Fault("ids repeated with other content", 5, Repeat(20, changed=True), FIRST_WINS, 45),
     Fault("poison", 5, Poison(), "dead letters, and their partitions move on", 45),

@@ -30,7 +30,7 @@ REPEATED = 0.08
 """Part of all messages that repeat one before, and part that has its id and other content."""
 CHANGED = 0.02
 
-HOT = 0.25
+HOT = 0.15
 """Part of the commands that are about the first customer or the first category, whom everybody wants."""
 
 MIX: Mapping[str, int] = {
