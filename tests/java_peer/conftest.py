@@ -25,6 +25,11 @@ from scripts.java_peer.processes import (
 from tests.java_peer.mixed_tables import account_table, every_type_table, list_table
 
 MIXED = "mixed"
+MIXED_IN_GROUPS = "mixed_in_groups"
+MIXED_IN_GROUPS_OF_BOTH = "mixed_in_groups_of_both"
+ALL_MIXED = (MIXED, MIXED_IN_GROUPS, MIXED_IN_GROUPS_OF_BOTH)
+"""Keyspaces with the accounts and lists of one history each."""
+
 JAVA_MADE = "java_made"
 PYTHON_MADE = "python_made"
 COORDINATORS = {
@@ -32,6 +37,7 @@ COORDINATORS = {
     "java_grouping": {"coordinator__group_commit__enabled": "true"},
     "java_logging": {"coordinator__write_set_logging__enabled": "true"},
     "python_plain": {},
+    "python_grouping": {},
 }
 """Coordinator namespaces by who made them and how, with the settings of a Java program that uses them."""
 
@@ -97,9 +103,14 @@ class Peers:
             **{f"scalar__db__consensus_commit__{key}": value for key, value in consensus.items()},
         )
 
-    def python(self, coordinator: str, *, lifetime_ms: int = 15_000) -> TransactionManager:
+    def python(self, coordinator: str, *, lifetime_ms: int = 15_000, group_commit: bool = False) -> TransactionManager:
         """A manager in this process."""
-        return TransactionManager(self.storage, coordinator_namespace=coordinator, transaction_lifetime_ms=lifetime_ms)
+        return TransactionManager(
+            self.storage,
+            coordinator_namespace=coordinator,
+            transaction_lifetime_ms=lifetime_ms,
+            group_commit=group_commit,
+        )
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -128,10 +139,12 @@ async def peers(classes: Path, cassandra: LocalCassandra, storage: CassandraStor
     python = peers.python("python_plain")
     await python.create_coordinator_tables()
     await python.create_table(every_type_table(PYTHON_MADE, "every_type"))
-    for table in (account_table(MIXED), list_table(MIXED)):
-        await python.create_table(table)
+    await peers.python("python_grouping", group_commit=True).create_coordinator_tables()
+    for namespace in ALL_MIXED:
+        for table in (account_table(namespace), list_table(namespace)):
+            await python.create_table(table)
     yield peers
-    for keyspace in (MIXED, JAVA_MADE, PYTHON_MADE, *COORDINATORS):
+    for keyspace in (*ALL_MIXED, JAVA_MADE, PYTHON_MADE, *COORDINATORS):
         await cql(f"DROP KEYSPACE IF EXISTS {keyspace}")
 
 

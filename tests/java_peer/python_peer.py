@@ -2,8 +2,9 @@
 
     python -m tests.java_peer.python_peer
 
-It knows the commands `open` (`port` of Cassandra, `coordinator`, `lifetime_ms`, `clock_behind_ms`), `transaction`,
-`mix`, `stop` and `hold`.
+It knows the commands `open` (`port` of Cassandra, `coordinator`, `lifetime_ms`, `clock_behind_ms`, perhaps
+`group_commit`), `transaction`, `mix`, `stop` and `hold`. With `group_commit` a transaction is `trying` under the id
+that it began with, and has `tried` under that which it has in its group.
 """
 
 from __future__ import annotations
@@ -191,6 +192,7 @@ async def main() -> None:
                     coordinator_namespace=command["coordinator"],
                     transaction_lifetime_ms=command["lifetime_ms"],
                     on_recovered=recovered,
+                    group_commit=command.get("group_commit", False),
                 )
             case "hold":
                 assert storage is not None
