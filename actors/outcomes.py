@@ -33,7 +33,6 @@ class Outcome(Record):
 
 
 @cache
-@cache
 def outcomes_of(domain: str) -> Table[Outcome]:
     """The outcomes table of a domain."""
     return Table(domain, "outcomes", Outcome, key=("key", "id"), routing="key", sliced_by="id", slices=4)

@@ -33,7 +33,7 @@ from scripts import preflight
 from scripts.cli.errors import expected
 from scripts.cli.exit_codes import ExitCode
 from scripts.cli.system import stack_lock_path, stack_state_path, write_atomically
-from scripts.servers import KeptServer, local_cassandra, local_kafka
+from scripts.servers import KeptServer, local_cassandra, local_kafka, until_stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -65,16 +65,9 @@ class _Stack:
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self._stopping.set)
-        work = asyncio.ensure_future(self._work())
-        stopped = asyncio.ensure_future(self._stopping.wait())
         try:
-            await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                await work
+            await until_stopped(self._work(), self._stopping)
         finally:
-            for task in (work, stopped):
-                task.cancel()
-            await asyncio.wait({work, stopped})
             await asyncio.gather(*(server.stop() for server in self._servers))
             self._write_state()
 

@@ -62,7 +62,7 @@ from scripts.control import ControlServer
 from scripts.endpoints import Endpoints
 from scripts.outside import Outside, close_all, trouble_of, wait_until_reachable
 from scripts.parts import REAL, Cluster, Parts, Worker, first_to_end
-from scripts.servers import KeptServer, Pauses, Progress, Server
+from scripts.servers import KeptServer, Pauses, Progress, Server, until_stopped
 from scripts.worker import WorkerSetup, write_setup
 
 log = structlog.get_logger()
@@ -205,7 +205,7 @@ class _Supervisor:
     async def run(self) -> None:
         self._listen_for_signals()
         try:
-            await self._until_stopped(self._start())
+            await until_stopped(self._start(), self._stopping)
             if not self._stopping.is_set():
                 addresses = self._addresses()
                 self._write_runtime(running=True)
@@ -308,19 +308,6 @@ class _Supervisor:
                     f"Waiting for: {', '.join(waiting)}. See {self._directory / 'logs'} and Ray's own logs."
                 )
             await asyncio.sleep(0.05)
-
-    async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do `work` unless a stop is asked for first."""
-        task = asyncio.ensure_future(work)
-        stopped = asyncio.ensure_future(self._stopping.wait())
-        try:
-            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                await task
-        finally:
-            for each in (task, stopped):
-                each.cancel()
-            await asyncio.wait({task, stopped})
 
     # --- keep alive -----------------------------------------------------------------------------------------------
 

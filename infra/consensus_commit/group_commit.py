@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from copy import copy
 
 from infra.clock import Clock
 from infra.consensus_commit.coordinator import CHILD_IDS, PARENT_ID_LENGTH, CoordinatorStates, id_in_group
@@ -185,7 +186,7 @@ class _Group:
                 self.members.remove(member)
             return
         self._pending.discard(member)
-        if not self._pending and not self._is_decided:
+        if not self._pending:
             self._decide()
 
     def _decide(self) -> None:
@@ -261,7 +262,6 @@ def new_group_id(clock: Clock) -> str:
 
 def _alike(error: StorageError) -> StorageError:
     """The same error once more: one exception object must not be raised in several tasks."""
-    alike = type(error)(*error.args)
-    alike.__dict__.update(error.__dict__)
+    alike = copy(error)
     alike.__cause__ = error
     return alike

@@ -38,7 +38,7 @@ class LoopTimer:
         self._loop = loop
         self._callback: Callable[[], None] | None = callback
         self._handle: asyncio.TimerHandle | None = None
-        if _runs_here(loop):
+        if runs_here(loop):
             self._begin(timeout)
         else:
             _from_outside(loop, lambda: self._begin(timeout))
@@ -55,7 +55,7 @@ class LoopTimer:
     def cancel(self) -> None:
         """From any thread. The handle is the loop's own: from another thread the timer only forgets what to call."""
         self._callback = None
-        if self._handle is not None and _runs_here(self._loop):
+        if self._handle is not None and runs_here(self._loop):
             self._handle.cancel()
 
 
@@ -85,7 +85,7 @@ class LoopConnection(Connection):  # type: ignore[misc]
         if self._flush_is_due:
             return
         self._flush_is_due = True
-        if _runs_here(self.loop):
+        if runs_here(self.loop):
             self.loop.call_soon(self._flush)
         elif not _from_outside(self.loop, self._flush):
             self.defunct(ConnectionShutdown("the event loop of this connection was closed", self.endpoint))
@@ -96,7 +96,7 @@ class LoopConnection(Connection):  # type: ignore[misc]
             if self.is_closed:
                 return
             self.is_closed = True
-        if _runs_here(self.loop):
+        if runs_here(self.loop):
             self._close_socket()
         elif not _from_outside(self.loop, self._close_socket):
             self._socket.close()
@@ -174,7 +174,8 @@ def connections_of(loop: asyncio.AbstractEventLoop) -> type[LoopConnection]:
     return type("LoopConnection", (LoopConnection,), {"loop": loop})
 
 
-def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:
+def runs_here(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether the caller is called by `loop`."""
     return asyncio._get_running_loop() is loop
 
 

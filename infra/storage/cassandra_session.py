@@ -38,7 +38,7 @@ from cassandra.policies import (
 from cassandra.query import BatchStatement, BatchType, BoundStatement, SimpleStatement, tuple_factory
 
 from infra.storage.cassandra_errors import connect_error, read_error, write_error
-from infra.storage.cassandra_reactor import LoopConnection, connections_of
+from infra.storage.cassandra_reactor import LoopConnection, connections_of, runs_here
 from infra.storage.cassandra_statements import Statement
 from infra.storage.errors import InvalidOperationError, UnavailableStorageError, UnusableStorageError
 
@@ -130,7 +130,7 @@ class _LoopSide:
 
     def post(self, answer: Callable[[], None]) -> None:
         """Run `answer` on the loop; called from any thread. Many at once from elsewhere wake the loop once."""
-        if asyncio._get_running_loop() is self.loop:
+        if runs_here(self.loop):
             answer()
             return
         self.answers.append(answer)
