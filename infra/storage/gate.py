@@ -177,24 +177,22 @@ class PartitionGate(ForwardingStorage):
             return taken
         records = _records(mutations)
 
-        def fits(other: _Waiting) -> bool:
-            return (
-                len(records) + len(other.mutations) <= most
-                and _is_conditional(other.mutations) is conditional
-                and not records & _records(other.mutations)
-            )
+        def takes(other: _Waiting) -> bool:
+            following = _records(other.mutations)
+            if (
+                len(records) + len(other.mutations) > most
+                or _is_conditional(other.mutations) is not conditional
+                or records & following
+            ):
+                return False
+            records.update(following)
+            taken.append(other)
+            return True
 
-        while queue and fits(queue[0]):
-            records |= _records(queue[0].mutations)
-            taken.append(queue.popleft())
+        while queue and takes(queue[0]):
+            queue.popleft()
         if unit in self._lingering:
-            along = []
-            for other in self._lingering[unit].batches:
-                if fits(other):
-                    records |= _records(other.mutations)
-                    along.append(other)
-            self._leave_lingering(unit, along)
-            taken += along
+            self._leave_lingering(unit, [other for other in self._lingering[unit].batches if takes(other)])
         return taken
 
     async def _lead(self, mutations: Sequence[Mutation], others: Sequence[_Waiting]) -> None:
