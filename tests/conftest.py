@@ -1,15 +1,47 @@
 """What tests of several folders share: one of each real server, and one real system of each kind, for the session.
 
 Imported inside the fixtures, so that a folder that needs neither does not wait for what they need.
+
+`./scripts/test` runs two processes side by side, since whole systems mostly wait. Each process would start servers
+and systems of its own, so that all tests that need the same ones go to the same process: LANES says which.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
+
+TESTS = Path(__file__).parent
+
+LANES = {
+    "systems": (
+        "chaos",
+        "stack",
+        "workers",
+        "end_to_end",
+        "backup/test_rehearsals.py",
+        "actors/test_rules_on_cassandra.py",
+    ),
+    "servers": (
+        "java_peer",
+        "flow",
+        "cluster",
+        "servers",
+        "messaging",
+        "cli",
+        "histories",
+        "protocol",
+        "backup",
+        "faults_on_disk",
+        "storage",
+    ),
+}
+"""Folders and files of `tests`, in this order, by the process that runs them; any other file goes to whichever process
+is free. The first lane that names a path has it."""
 
 if TYPE_CHECKING:
     from infra.servers.cassandra import LocalCassandra
@@ -18,6 +50,21 @@ if TYPE_CHECKING:
     from infra.storage.cassandra import CassandraStorage
     from infra.storage.dynamodb import DynamoDbStorage
     from tests.end_to_end.harness import System
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long lanes first, so that the files of no lane fill up what is left of the shorter one."""
+    places = [(lane, path) for lane, paths in LANES.items() for path in paths]
+
+    def place_of(item: pytest.Item) -> int:
+        path = item.path.relative_to(TESTS).as_posix()
+        named = (n for n, (_, prefix) in enumerate(places) if path == prefix or path.startswith(f"{prefix}/"))
+        return next(named, len(places))
+
+    items.sort(key=place_of)  # Stable: within a place the order stays.
+    for item in items:
+        place = place_of(item)
+        item.add_marker(pytest.mark.xdist_group(places[place][0] if place < len(places) else item.path.name))
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -29,11 +29,17 @@ class Answered(Protocol):
 class Client:
     """Publishes to Kafka itself, in one order: what was not confirmed is published again, with what followed it.
 
-    `remember`: keep every message in `published`.
+    `remember`: keep every message in `published`. `unanswered_at_most`: then it waits.
     """
 
     def __init__(
-        self, producer: EventProducer, witness: Answered, messages: Iterator[Message], *, remember: bool = True
+        self,
+        producer: EventProducer,
+        witness: Answered,
+        messages: Iterator[Message],
+        *,
+        remember: bool = True,
+        unanswered_at_most: int = UNANSWERED_AT_MOST,
     ) -> None:
         logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # it says ten times a second that a broker is away
         self._producer = producer
@@ -42,6 +48,7 @@ class Client:
         self._one_at_a_time = asyncio.Lock()
         self._open: set[str] = set()
         self._remember = remember
+        self._unanswered_at_most = unanswered_at_most
         self.published: list[Message] = []
         self.sent_at_s: dict[str, float] = {}
         """When each id was about to be published for the first time, by the monotonic clock."""
@@ -74,7 +81,7 @@ class Client:
         started_s, count = time.monotonic(), 0
         while not enough.is_set():
             due = int((time.monotonic() - started_s) * rate) - count
-            few = min(due, AT_ONCE_AT_MOST, UNANSWERED_AT_MOST - len(self.unanswered()))
+            few = min(due, AT_ONCE_AT_MOST, self._unanswered_at_most - len(self.unanswered()))
             if few > 0:
                 await self.publish([next(self._messages) for _ in range(few)])
                 count += few
