@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import re
 import struct
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from typing import ClassVar
 from infra.servers.artifacts import Progress
 from infra.servers.errors import DirectoryError
 from infra.servers.java import JavaRuntime
-from infra.servers.local_node import LOOPBACK, LocalNode
+from infra.servers.local_node import LOOPBACK, Cause, LocalNode
 
 HOST = LOOPBACK
 SETTING_NAMES: Mapping[str, str] = {
@@ -126,6 +127,16 @@ class LocalKafka(LocalNode):
     server: ClassVar[str] = "Kafka"
     archives: ClassVar[str] = "kafka"
     stop_grace_s: ClassVar[float] = 20.0
+    causes: ClassVar[Sequence[Cause]] = (
+        Cause(
+            # Indexes are sparse files in memory: there is no page for what is written to them on a full disk.
+            re.compile("a fault occurred in an? (?:recent )?unsafe memory access operation|SIGBUS"),
+            DirectoryError,
+            "Kafka could not write the index of a log: the disk is full.",
+            "Make room, or choose another directory with {setting}.",
+            "directory",
+        ),
+    )
 
     def __init__(
         self,

@@ -26,9 +26,12 @@ def explained(server: type[LocalCassandra] | type[LocalKafka], directory: Path, 
     return server(directory)._explain(f"{server.server} ended.", lines)
 
 
+@pytest.mark.parametrize("server", [LocalCassandra, LocalKafka])
 @pytest.mark.parametrize("said", [UNMAPPED, CRASHED], ids=["InternalError", "SIGBUS"])
-def test_a_commit_log_without_a_page_is_a_full_disk(tmp_path: Path, said: tuple[str, ...]) -> None:
-    error = explained(LocalCassandra, tmp_path, ARGUMENTS, *said)
+def test_a_file_in_memory_without_a_page_is_a_full_disk(
+    tmp_path: Path, server: type[LocalCassandra] | type[LocalKafka], said: tuple[str, ...]
+) -> None:
+    error = explained(server, tmp_path, ARGUMENTS, *said)
 
     assert isinstance(error, DirectoryError)
     assert "the disk is full" in str(error)
