@@ -1,6 +1,7 @@
 """`python -m scripts.proof replay|small-stock|chaos|…`: run a long proof, print a JSON report.
 
-`chaos` replays files on SQLite; `chaos --profile stack` invents its load, and hurts Kafka and Cassandra as well.
+`replay`, `small-stock` and `chaos` replay files, on SQLite or with `--profile stack` on Cassandra. Without a file,
+`chaos --profile stack --minutes M` invents its load, and hurts Kafka and Cassandra as well, alone and in every way.
 
 `simulate --seeds N` plays the engine in simulated weather and starts nothing; `--seeds 1 --first SEED` plays one seed
 again; `--mutation NAME|all` plants bugs into the engine, and what is proven is that they are found.
@@ -37,20 +38,24 @@ def _parser() -> argparse.ArgumentParser:
     for name, help in (
         ("replay", "a file, its formulas, and the file again"),
         ("small-stock", "a file with little stock and money: refused orders leave only their answers"),
-        ("chaos", "a file while processes are killed, compared with the same file in peace"),
+        (
+            "chaos",
+            "with --file: a file while processes are killed, compared with the same file in peace; "
+            "with --profile stack and no file: minutes of load under every kind of fault",
+        ),
     ):
-        command = commands.add_parser(name, help=help)
+        command = commands.add_parser(name, help=help, description=help)
         command.add_argument("--file", type=Path, action="append", default=[], help="Online Retail, .csv or .csv.gz")
-        command.add_argument("--limit", type=int, default=0, help="only so many invoices; 0: all")
+        command.add_argument("--limit", type=int, help="only so many invoices of the files (default: all)")
         command.add_argument("--work", type=Path, help="keep systems and their data in this directory")
+        command.add_argument("--profile", choices=("local", "stack"), default="local")
         if name == "small-stock":
             command.add_argument("--initial-stock", type=int, default=100)
             command.add_argument("--initial-balance", type=int, default=100_000, help="pence")
         if name == "chaos":
             command.add_argument("--seed", type=int, default=1)
-            command.add_argument("--times", type=int, default=3, help="how often each kind of process is killed")
-            command.add_argument("--profile", choices=("local", "stack"), default="local")
-            command.add_argument("--minutes", type=float, default=30, help="of load and faults; profile stack")
+            command.add_argument("--times", type=int, help="with --file: how often each is killed (default: 3)")
+            command.add_argument("--minutes", type=float, help="without --file: of load and faults (default: 30)")
     times = commands.add_parser("recovery-times", help="each part killed: how soon a new command commits")
     times.add_argument("--profile", choices=("local", "stack"), default="stack")
     times.add_argument("--tries", type=int, default=10)
@@ -94,12 +99,17 @@ def _disks(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def _chaos(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    if arguments.profile == "stack":
+    if not arguments.file:
         from scripts.proof.on_stack.chaos import prove_chaos_on_the_stack
 
-        return prove_chaos_on_the_stack(work, minutes=arguments.minutes, seed=arguments.seed)
+        return prove_chaos_on_the_stack(work, minutes=arguments.minutes or 30, seed=arguments.seed)
     return scenarios.prove_chaos(
-        arguments.file, work, limit=arguments.limit, seed=arguments.seed, times=arguments.times
+        arguments.file,
+        work,
+        profile=arguments.profile,
+        limit=arguments.limit or 0,
+        seed=arguments.seed,
+        times=3 if arguments.times is None else arguments.times,
     )
 
 
@@ -119,11 +129,14 @@ def _soak(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 def _run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     run: dict[str, Callable[[], dict[str, Any]]] = {
-        "replay": lambda: scenarios.prove_replay(arguments.file, work, limit=arguments.limit),
+        "replay": lambda: scenarios.prove_replay(
+            arguments.file, work, profile=arguments.profile, limit=arguments.limit or 0
+        ),
         "small-stock": lambda: scenarios.prove_small_stock(
             arguments.file,
             work,
-            limit=arguments.limit,
+            profile=arguments.profile,
+            limit=arguments.limit or 0,
             initial_stock=arguments.initial_stock,
             initial_balance=arguments.initial_balance,
         ),
@@ -143,12 +156,31 @@ def _run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     return run[arguments.scenario]()
 
 
+def _bad_usage(arguments: argparse.Namespace) -> str | None:
+    """What is wrong with arguments that argparse lets pass; None of good ones."""
+    if not hasattr(arguments, "file"):
+        return None
+    invents = arguments.scenario == "chaos" and arguments.profile == "stack"
+    if not arguments.file and not invents:
+        return f"{arguments.scenario} --profile {arguments.profile} needs a file: --file"
+    if arguments.scenario == "chaos":
+        unwanted = ("minutes",) if arguments.file else ("limit", "times")
+        if given := [f"--{name}" for name in unwanted if getattr(arguments, name) is not None]:
+            which = "a file until its end" if arguments.file else "minutes without a file"
+            return f"chaos runs {which} here: leave out {' and '.join(given)}, or {_OTHER_FORM[bool(arguments.file)]}"
+    return None
+
+
+_OTHER_FORM = {True: "--file", False: "name a --file"}
+"""What would make of one form of chaos the other, by whether a file was named."""
+
+
 def main() -> int:
     arguments = _parser().parse_args()
-    files: list[Path] = getattr(arguments, "file", [])
-    if hasattr(arguments, "file") and not files and getattr(arguments, "profile", "local") == "local":
-        print(f"{arguments.scenario} needs a file: --file", file=sys.stderr)
+    if complaint := _bad_usage(arguments):
+        print(complaint, file=sys.stderr)
         return 2
+    files: list[Path] = getattr(arguments, "file", [])
     for file in files:
         if not file.is_file():
             print(f"There is no file {file}.", file=sys.stderr)

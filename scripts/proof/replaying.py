@@ -16,6 +16,8 @@ from scripts.proof.running import NotAsAskedError, RunningSystem
 FORMULAS = Path(__file__).parents[2] / "tests" / "end_to_end" / "formulas.py"
 """A program of its own, which shares no code with the system; run from its file."""
 
+DUMPED_WITHIN_S = 600.0
+
 DUMPED = (
     "inventory.products",
     "inventory.outcomes",
@@ -70,7 +72,7 @@ def check_formulas(
 
 
 def _dump(system: RunningSystem, name: str, directory: Path) -> None:
-    told = system.concord("table", "dump", name)
+    told = system.concord("table", "dump", name, timeout_s=DUMPED_WITHIN_S)
     if told.code != 0:
         raise NotAsAskedError(f"concord table dump {name} ended with {told.code}: {told.stderr[-2000:]}")
     (directory / f"{name}.ndjson").write_text(told.stdout, encoding="utf-8")

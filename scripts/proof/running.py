@@ -284,9 +284,11 @@ class RunningSystem:
 
 
 @contextmanager
-def running(directory: Path, *, environment: Mapping[str, str] | None = None) -> Iterator[RunningSystem]:
+def running(
+    directory: Path, *, profile: str = "local", environment: Mapping[str, str] | None = None
+) -> Iterator[RunningSystem]:
     """A system that is stopped with Ctrl-C at the end, or killed if an error ends the block."""
-    system = RunningSystem(directory, environment=environment)
+    system = RunningSystem(directory, profile=profile, environment=environment)
     system.start()
     try:
         yield system

@@ -5,6 +5,9 @@
     chaos         the file on one system left in peace, and on one of which processes are killed at random moments,
                   and twice everything; both must end in the same tables
 
+Each on profile local or stack; on the stack "everything" is Cassandra, too. Rows are taken along before a system ends,
+since the tables of a stack end with it. (Chaos for some minutes without a file is scripts/proof/on_stack/chaos.py.)
+
 Moments are decided by a seed and measured in commands answered so far, so that kills fall into work under way however
 fast the machine is. The client that replays goes on by itself through all of it; if it should end, it is started
 again with the same file, and the report says so.
@@ -21,7 +24,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +34,15 @@ from scripts.proof.judge import History, judge
 from scripts.proof.replaying import check_formulas, replay, start_replay
 from scripts.proof.running import NotAsAskedError, RunningSystem, running
 from scripts.proof.stored import stored
-from scripts.proof.tables import COMPARED, differences, exact_rows, in_doubt, texts, traces
+from scripts.proof.tables import COMPARED, Tables, comparable, differences, exact, in_doubt, texts, traces
 from scripts.proof.witness import read_history
 
 SETTLED_WITHIN_S = 20.0
+CHECKED_WITHIN_S = 900.0
 PROGRESS_EVERY_S = 0.1
+LOOKING_PART = 0.2
+"""How much of the time may go into looking how far the system is: it needs the machine itself."""
+
 MOST_CLIENT_STARTS = 5
 NO_PROGRESS_FOR_S = 120.0
 
@@ -46,22 +54,26 @@ KILLED = ("worker", "domain actor", "coordinator")
 Report = dict[str, Any]
 
 
-def prove_replay(files: Sequence[Path], directory: Path, *, limit: int = 0, **stocks: int) -> Report:
+def prove_replay(
+    files: Sequence[Path], directory: Path, *, profile: str = "local", limit: int = 0, **stocks: int
+) -> Report:
     """The file, everything that must hold afterwards, and the file again."""
     options = {"limit": limit, **stocks}
-    with running(directory / "system") as system:
+    with running(directory / "system", profile=profile) as system:
         _say(f"ready after {system.ready_after_s:.1f} s")
         summary = replay(system, files, **options)
         _say(f"replayed: {_in_short(summary)}")
-        report: Report = {"ready_after_s": round(system.ready_after_s, 1), "summary": summary}
+        report: Report = {"profile": profile, "ready_after_s": round(system.ready_after_s, 1), "summary": summary}
         report |= _what_holds(system, files, **options)
-        before = {name: exact_rows(system.directory, name) for name in COMPARED}
+        before = exact(system.directory)
         again = replay(system, files, **options)
         _say(f"again: {_in_short(again)}")
-        after = {name: exact_rows(system.directory, name) for name in COMPARED}
+        checked = _check(system)
+        after = exact(system.directory)
         report["again"] = again
+        report["rows_compared"] = {name: len(rows) for name, rows in before.items()}
         report["changed_by_replaying_again"] = [name for name in COMPARED if before[name] != after[name]]
-        report["check_again"] = system.concord("check").lines[-1]
+        report["check_again"] = checked
     report["holds"] = (
         _all_hold(report)
         and not report["changed_by_replaying_again"]
@@ -72,16 +84,23 @@ def prove_replay(files: Sequence[Path], directory: Path, *, limit: int = 0, **st
 
 
 def prove_small_stock(
-    files: Sequence[Path], directory: Path, *, limit: int = 0, initial_stock: int, initial_balance: int
+    files: Sequence[Path],
+    directory: Path,
+    *,
+    profile: str = "local",
+    limit: int = 0,
+    initial_stock: int,
+    initial_balance: int,
 ) -> Report:
     """The same with so little of everything that many orders are refused."""
     options = {"limit": limit, "initial_stock": initial_stock, "initial_balance": initial_balance}
-    with running(directory / "system") as system:
+    with running(directory / "system", profile=profile) as system:
         summary = replay(system, files, **options)
         _say(f"replayed: {_in_short(summary)}")
         history = asyncio.run(read_history(system.bootstrap_servers))
         refused = refused_orders(history)
         report = {
+            "profile": profile,
             "summary": summary,
             "refused_orders": len(refused),
             "traces_of_refused_orders": traces(system.directory, refused)[:20],
@@ -97,21 +116,25 @@ def prove_small_stock(
     return report
 
 
-def prove_chaos(files: Sequence[Path], directory: Path, *, limit: int = 0, seed: int, times: int = 3) -> Report:
+def prove_chaos(
+    files: Sequence[Path], directory: Path, *, profile: str = "local", limit: int = 0, seed: int, times: int = 3
+) -> Report:
     """One system in peace, one under fire, the same tables."""
-    with running(directory / "peace") as peace:
+    with running(directory / "peace", profile=profile) as peace:
         summary = replay(peace, files, limit=limit)
         _say(f"in peace: {_in_short(summary)}")
-        checked = peace.concord("check").lines[-1]
-    fired_on = RunningSystem(directory / "fire")
+        checked = _check(peace)
+        in_peace = comparable(peace.directory)
+    fired_on = RunningSystem(directory / "fire", profile=profile)
     fired_on.start()
     try:
-        report: Report = {"seed": seed, "in_peace": summary, "in_peace_check": checked}
+        report: Report = {"profile": profile, "seed": seed, "in_peace": summary, "in_peace_check": checked}
         report |= _under_fire(fired_on, files, limit=limit, seed=seed, times=times, total=_commands(summary))
         report |= _what_holds(fired_on, files, limit=limit)
+        under_fire: Tables = comparable(fired_on.directory)
     finally:
         fired_on.kill()
-    counted, found = differences(peace.directory, fired_on.directory)
+    counted, found = differences(in_peace, under_fire)
     report["rows_compared"] = counted
     report["differences"] = found
     report["holds"] = (
@@ -163,7 +186,8 @@ def _under_fire(
 
 def _strike(system: RunningSystem, kill: Kill, rng: random.Random) -> Report:
     """SIGKILL, and how long it took until the next command was answered."""
-    told: Report = {"what": kill.what, "planned_at": kill.at_commands, "at": _answered(system)}
+    with _counting(system) as answered:
+        told: Report = {"what": kill.what, "planned_at": kill.at_commands, "at": answered()}
     started_s = time.monotonic()
     if kill.what == EVERYTHING:
         system.kill(rng=rng)
@@ -174,10 +198,12 @@ def _strike(system: RunningSystem, kill: Kill, rng: random.Random) -> Report:
         role = _choose(system, kill.what, rng)
         os.kill(system.pid_of(role), signal.SIGKILL)
         told["role"] = role
-    before = _answered(system)
-    while _answered(system) == before and time.monotonic() - started_s < NO_PROGRESS_FOR_S:
-        time.sleep(0.02)
+    with _counting(system) as answered:
+        before = answered()
+        while (now := answered()) == before and time.monotonic() - started_s < NO_PROGRESS_FOR_S:
+            time.sleep(0.02)
     told["next_answer_after_s"] = round(time.monotonic() - started_s, 2)
+    told["answered_by_then"] = now - before
     return told
 
 
@@ -207,14 +233,15 @@ class _Client:
     def wait_until(self, commands: int) -> None:
         """Until so many commands have been answered."""
         last, since_s = 0, time.monotonic()
-        while (now := _answered(self._system)) < commands:
-            if self._process.poll() not in (None, 0):
-                self._process = self._start()
-            if now != last:
-                last, since_s = now, time.monotonic()
-            if time.monotonic() - since_s > NO_PROGRESS_FOR_S:
-                raise NotAsAskedError(f"no command was answered for {NO_PROGRESS_FOR_S:.0f} s: {last} so far")
-            time.sleep(PROGRESS_EVERY_S)
+        with _counting(self._system) as answered:
+            while (now := answered()) < commands:
+                if self._process.poll() not in (None, 0):
+                    self._process = self._start()
+                if now != last:
+                    last, since_s = now, time.monotonic()
+                if time.monotonic() - since_s > NO_PROGRESS_FOR_S:
+                    raise NotAsAskedError(f"no command was answered for {NO_PROGRESS_FOR_S:.0f} s: {last} so far")
+                time.sleep(PROGRESS_EVERY_S)
 
     def finish(self) -> Report:
         """The summary of the client that came to its end."""
@@ -237,13 +264,22 @@ class _Client:
         return start_replay(self._system, self._files, limit=self._limit)
 
 
-def _answered(system: RunningSystem) -> int:
-    """How many commands about orders have a durable answer."""
-    try:
-        with stored(system.directory) as storage:
-            return storage.count("orders.outcomes")
-    except sqlite3.OperationalError:  # the file is being opened for the first time after a kill
-        return 0
+@contextmanager
+def _counting(system: RunningSystem) -> Iterator[Callable[[], int]]:
+    """Asks how many commands about orders have a durable answer; pauses first when it has been asking too much."""
+    with stored(system.directory) as storage:
+        looked_s, count = 0.0, 0
+
+        def answered() -> int:
+            nonlocal looked_s, count
+            time.sleep(looked_s * (1 / LOOKING_PART - 1))
+            started_s = time.monotonic()
+            with suppress(sqlite3.OperationalError):  # the file is being opened for the first time after a kill
+                count = storage.count("orders.outcomes")
+            looked_s = time.monotonic() - started_s
+            return count
+
+        yield answered
 
 
 def _commands(summary: Report) -> int:
@@ -256,7 +292,7 @@ def _commands(summary: Report) -> int:
 def _what_holds(system: RunningSystem, files: Sequence[Path], **options: Any) -> Report:
     """The standing check, the judge and the formulas, of a system whose commands are all answered."""
     unsettled = _wait_for_rest(system)
-    checked = system.concord("check").lines[-1]
+    checked = _check(system)
     judgement = judge(asyncio.run(read_history(system.bootstrap_servers)))
     return {
         "in_doubt_after_20_s": unsettled,
@@ -265,6 +301,12 @@ def _what_holds(system: RunningSystem, files: Sequence[Path], **options: Any) ->
         "broken_promises": list(judgement.offenders[:20]),
         "formulas": check_formulas(system, files, **options),
     }
+
+
+def _check(system: RunningSystem) -> Report:
+    """What `concord check` says of the system once it is at rest."""
+    checked: Report = system.concord("check", timeout_s=CHECKED_WITHIN_S).lines[-1]
+    return checked
 
 
 def _wait_for_rest(system: RunningSystem) -> list[str]:

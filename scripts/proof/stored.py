@@ -2,6 +2,7 @@
 
 SQLite is read with the standard library, Cassandra with its driver at consistency QUORUM: what was answered is seen,
 what is under way may be. Values are told in the same words wherever they come from: a truth is 1 or 0, as in SQLite.
+Cassandra's tables are those that were there when it was opened.
 """
 
 from __future__ import annotations

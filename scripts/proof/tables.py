@@ -7,7 +7,7 @@ They are read beside the system and without any of its code (`stored`). So a rec
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ COMPARED = (
 )
 
 TRANSACTION_COLUMNS = ("tx_id", "tx_state", "tx_version", "tx_prepared_at", "tx_committed_at")
+
+Tables = Mapping[str, Sequence[str]]
+"""By its name, each table's rows as sorted lines of JSON: what is left of a system when it has ended."""
 
 LEFT_OUT = ("transaction_id", "record_version")
 """User columns that tell a transaction or a version; times are told by their names' ends."""
@@ -77,23 +80,26 @@ def comparable_rows(directory: Path, name: str, *, wanted: Callable[[Row], bool]
     return sorted(json.dumps(_comparable(row), sort_keys=True) for row in _rows(directory, name) if wanted(row))
 
 
+def comparable(directory: Path, *, wanted: Callable[[Row], bool] = lambda row: True) -> Tables:
+    """`comparable_rows` of every table that is compared."""
+    return {name: comparable_rows(directory, name, wanted=wanted) for name in COMPARED}
+
+
 def exact_rows(directory: Path, name: str) -> list[str]:
     """The rows of a table to the last column, each as one line of JSON, sorted."""
     return sorted(json.dumps(row, sort_keys=True) for row in _rows(directory, name))
 
 
-def differences(
-    one: Path,
-    other: Path,
-    *,
-    tables: tuple[str, ...] = COMPARED,
-    wanted: Callable[[Row], bool] = lambda row: True,
-    shown: int = 5,
-) -> tuple[dict[str, int], list[str]]:
-    """How many rows each table has, and a sentence for each row that only one directory has (`shown` a table)."""
+def exact(directory: Path) -> Tables:
+    """`exact_rows` of every table that is compared."""
+    return {name: exact_rows(directory, name) for name in COMPARED}
+
+
+def differences(one: Tables, other: Tables, *, shown: int = 5) -> tuple[dict[str, int], list[str]]:
+    """How many rows each table has, and a sentence for each row that only one side has (`shown` a table)."""
     counted, found = {}, []
-    for name in tables:
-        left, right = (comparable_rows(directory, name, wanted=wanted) for directory in (one, other))
+    for name, left in one.items():
+        right = other[name]
         counted[name] = len(left)
         only_left, only_right = sorted(set(left) - set(right)), sorted(set(right) - set(left))
         found += [f"{name}: only the first has {row}" for row in only_left[:shown]]

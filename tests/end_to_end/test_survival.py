@@ -20,7 +20,7 @@ import pytest
 from scripts.proof.judge import judge
 from scripts.proof.replaying import start_replay
 from scripts.proof.running import RunningSystem
-from scripts.proof.tables import differences, exact_rows, in_doubt
+from scripts.proof.tables import comparable, differences, exact_rows, in_doubt
 from scripts.proof.witness import read_history
 from tests.end_to_end.conftest import Replayed
 from tests.end_to_end.harness import System, eventually, seeded
@@ -61,7 +61,8 @@ async def test_a_system_killed_twice_ends_in_the_same_tables_as_one_left_in_peac
         assert summary["by_type"] == replayed.summary["by_type"]
         await assert_holds(killed)
         await system.check()
-        counted, offenders = differences(system.directory, killed.directory, wanted=of_mark("77"))
+        both = [comparable(directory, wanted=of_mark("77")) for directory in (system.directory, killed.directory)]
+        counted, offenders = differences(*both)
         assert not offenders
         assert counted["orders.orders"] == replayed.summary["by_type"]["PlaceOrder"]["committed"]
 
