@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator
@@ -330,11 +329,10 @@ async def test_a_crash_at_any_call_leaves_all_storages_with_the_transfer_or_none
     for nth in itertools.count(1):
         dying = FaultyStorage(spread)
         dying.fail(kind, nth=nth)
-        others = asyncio.all_tasks()
+        doomed = TransactionManager(dying, clock)
         with contextlib.suppress(Crashed):
-            await _move(TransactionManager(dying, clock))
-        while strays := asyncio.all_tasks() - others:  # what it writes in parallel, or behind its answer
-            await asyncio.wait(strays)
+            await _move(doomed)
+        await doomed.drain()  # What it writes behind its answer.
         clock.advance(TRANSACTION_LIFETIME_MS + 1)
 
         found = await _balances(survivor)
