@@ -102,7 +102,9 @@ def _chaos(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     if not arguments.file:
         from scripts.proof.on_stack.chaos import prove_chaos_on_the_stack
 
-        return prove_chaos_on_the_stack(work, minutes=arguments.minutes or 30, seed=arguments.seed)
+        return prove_chaos_on_the_stack(
+            work, minutes=30 if arguments.minutes is None else arguments.minutes, seed=arguments.seed
+        )
     return scenarios.prove_chaos(
         arguments.file,
         work,
@@ -160,19 +162,18 @@ def _bad_usage(arguments: argparse.Namespace) -> str | None:
     """What is wrong with arguments that argparse lets pass; None of good ones."""
     if not hasattr(arguments, "file"):
         return None
-    invents = arguments.scenario == "chaos" and arguments.profile == "stack"
-    if not arguments.file and not invents:
+    if not arguments.file and (arguments.scenario != "chaos" or arguments.profile != "stack"):
         return f"{arguments.scenario} --profile {arguments.profile} needs a file: --file"
-    if arguments.scenario == "chaos":
-        unwanted = ("minutes",) if arguments.file else ("limit", "times")
-        if given := [f"--{name}" for name in unwanted if getattr(arguments, name) is not None]:
-            which = "a file until its end" if arguments.file else "minutes without a file"
-            return f"chaos runs {which} here: leave out {' and '.join(given)}, or {_OTHER_FORM[bool(arguments.file)]}"
-    return None
-
-
-_OTHER_FORM = {True: "--file", False: "name a --file"}
-"""What would make of one form of chaos the other, by whether a file was named."""
+    if arguments.scenario != "chaos":
+        return None
+    if arguments.file:
+        return (
+            "chaos with --file lasts as long as the file: leave out --minutes"
+            if arguments.minutes is not None
+            else None
+        )
+    given = [f"--{name}" for name in ("limit", "times") if getattr(arguments, name) is not None]
+    return f"chaos without --file lasts some minutes: {' and '.join(given)} would need a --file" if given else None
 
 
 def main() -> int:
