@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.proof.judge import History, judge
+from scripts.proof.judge import DOMAINS, History, judge
 from scripts.proof.replaying import check_formulas, replay, start_replay
 from scripts.proof.running import NotAsAskedError, RunningSystem, running
 from scripts.proof.stored import stored
@@ -233,14 +233,14 @@ class _Client:
     def wait_until(self, commands: int) -> None:
         """Until so many commands have been answered."""
         last, since_s = 0, time.monotonic()
-        with _counting(self._system) as answered:
-            while (now := answered()) < commands:
+        with _counting(self._system) as orders_answered, _counting(self._system, DOMAINS) as answered:
+            while orders_answered() < commands:
                 if self._process.poll() not in (None, 0):
                     self._process = self._start()
-                if now != last:
-                    last, since_s = now, time.monotonic()
                 if time.monotonic() - since_s > NO_PROGRESS_FOR_S:
-                    raise NotAsAskedError(f"no command was answered for {NO_PROGRESS_FOR_S:.0f} s: {last} so far")
+                    if (now := answered()) == last:  # before the first order come products and wallets
+                        raise NotAsAskedError(f"no command was answered for {NO_PROGRESS_FOR_S:.0f} s: {last} so far")
+                    last, since_s = now, time.monotonic()
                 time.sleep(PROGRESS_EVERY_S)
 
     def finish(self) -> Report:
@@ -265,8 +265,8 @@ class _Client:
 
 
 @contextmanager
-def _counting(system: RunningSystem) -> Iterator[Callable[[], int]]:
-    """Asks how many commands about orders have a durable answer; pauses first when it has been asking too much."""
+def _counting(system: RunningSystem, domains: Sequence[str] = ("orders",)) -> Iterator[Callable[[], int]]:
+    """Asks how many commands of these domains have a durable answer; pauses first when it has been asking too much."""
     with stored(system.directory) as storage:
         looked_s, count = 0.0, 0
 
@@ -275,7 +275,7 @@ def _counting(system: RunningSystem) -> Iterator[Callable[[], int]]:
             time.sleep(looked_s * (1 / LOOKING_PART - 1))
             started_s = time.monotonic()
             with suppress(sqlite3.OperationalError):  # the file is being opened for the first time after a kill
-                count = storage.count("orders.outcomes")
+                count = sum(storage.count(f"{domain}.outcomes") for domain in domains)
             looked_s = time.monotonic() - started_s
             return count
 
