@@ -60,7 +60,8 @@ class Table(Generic[R]):
 
     In storage its partition key is `bucket` (from the routing column), and for a table that grows with history also
     `slice`: a hash of the column `sliced_by` modulo `slices`, so that no partition grows without bound while a look-up
-    by key stays one read.
+    by key stays one read. A table of timers has `period` instead: its first key column, a time in ms since the epoch,
+    in units of `period_ms`; `Reader.until` says why.
     """
 
     namespace: str
@@ -70,6 +71,7 @@ class Table(Generic[R]):
     routing: str
     sliced_by: str = ""
     slices: int = 1
+    period_ms: int = 0
 
     def __hash__(self) -> int:
         return hash((self.namespace, self.name))
@@ -96,12 +98,18 @@ class Table(Generic[R]):
     @cached_property
     def declared(self) -> TableSchema:
         """The table as this release declares it."""
-        partition_key = ("bucket", "slice") if self.sliced_by else ("bucket",)
-        columns = dict.fromkeys(partition_key, DataType.INT)
+        columns = dict.fromkeys(self._partition_key, DataType.INT)
         for name, info in self.record.model_fields.items():
             columns[name] = COLUMN_TYPES.get(_plain(info.annotation), DataType.TEXT)
-        ordered = {name: columns[name] for name in (*partition_key, *self.key)} | columns
-        return TableSchema(self.namespace, self.name, ordered, partition_key, self.key)
+        ordered = {name: columns[name] for name in (*self._partition_key, *self.key)} | columns
+        return TableSchema(self.namespace, self.name, ordered, self._partition_key, self.key)
+
+    @property
+    def _partition_key(self) -> tuple[str, ...]:
+        """The bucket first: by it a partition's owner is found."""
+        if self.period_ms:
+            return ("bucket", "period")
+        return ("bucket", "slice") if self.sliced_by else ("bucket",)
 
     def storage_key(self, key: Sequence[Value], *, buckets: int) -> Key:
         """Where the row with these key values (in the order of `key`) lies."""
@@ -109,10 +117,15 @@ class Table(Generic[R]):
         partition: tuple[Value, ...] = (slot(str(key[self.key.index(self.routing)]), buckets),)
         if self.sliced_by:
             partition += (slot(str(key[self.key.index(self.sliced_by)]), self.slices),)
+        elif self.period_ms:
+            due_at_ms = key[0]
+            assert isinstance(due_at_ms, int), f"{self.full_name} is keyed by a time in ms, got {due_at_ms!r}"
+            partition += (due_at_ms // self.period_ms,)
         return Key(partition, tuple(key))
 
     def partitions_of(self, routing_key: str, *, buckets: int) -> list[tuple[Value, ...]]:
-        """Every partition that rows of `routing_key` may lie in."""
+        """Every partition that rows of `routing_key` may lie in. A table of timers has no such list."""
+        assert not self.period_ms, f"{self.full_name} has partitions without end"
         bucket = slot(routing_key, buckets)
         return [(bucket, number) for number in range(self.slices)] if self.sliced_by else [(bucket,)]
 
@@ -201,8 +214,12 @@ Handler = Callable[[Transaction, Any], Awaitable[dict[str, Any] | None]]
 class Reader(Protocol):
     """Committed rows of one actor's buckets, for what a domain does on a timer."""
 
-    async def until(self, table: Table[R], limit_value: Value, *, limit: int) -> list[R]:
-        """Rows of every bucket of this actor whose first key column is at most `limit_value`, at most `limit`."""
+    async def until(self, table: Table[R], limit_ms: int, *, limit: int) -> list[R]:
+        """Rows of every bucket of this actor whose first key column is at most `limit_ms`, at most `limit`.
+
+        `table` has a `period_ms`: so long that looking is cheap, so short that one bucket's timers of one period,
+        which are deleted by and by, are never too many for a read. Cassandra refuses it at 100,000.
+        """
 
 
 Due = Callable[[Reader, int], Awaitable[list[tuple[str, Command]]]]

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import structlog
 
-from actors.domain import Domain, Record, Table, carry_stored_columns
+from actors.domain import Domain, carry_stored_columns
+from actors.due_rows import TIMERS, DueRows
 from actors.home import Home
 from actors.incarnations import Incarnations
 from actors.messages import (
@@ -37,12 +38,10 @@ from actors.runtime import Mailroom, Placement, actor_name
 from actors.timing import Timing
 from infra.clock import Clock
 from infra.consensus_commit.coordinator import CoordinatorStates
-from infra.consensus_commit.errors import CrudConflictError
 from infra.consensus_commit.metadata import transactional
 from infra.consensus_commit.recovery import RecoveryHandler
 from infra.consensus_commit.retry import RetryPolicy
 from infra.storage.errors import StorageError
-from infra.storage.operations import Bound, Key, Scan, Value
 from infra.storage.port import Storage
 from infra.tracing import OFF, Tracer
 from schemas.envelope import RawMessage
@@ -50,7 +49,6 @@ from schemas.outcome import Answer
 
 log = structlog.get_logger()
 
-R = TypeVar("R", bound=Record)
 T = TypeVar("T")
 
 PRUNE_INTERVAL_S = 3_600.0
@@ -109,6 +107,7 @@ class DomainActor:
             transaction_lifetime_ms=timing.transaction_lifetime_ms,
             on_recovered=on_recovered,
         )
+        self._due_rows = DueRows(storage, self._recovery, self._buckets)
         self._tasks: list[asyncio.Task[None]] = []
         self._participation: Participation | None = None
         self._home: Home | None = None
@@ -120,6 +119,8 @@ class DomainActor:
         carry_stored_columns(tables, await self._storage.tables())
         for table in tables:
             await self._storage.create_table(transactional(table.schema))
+        if self._domain.due is not None:
+            await self._storage.create_table(TIMERS)
         await self._incarnations.create_tables()
         self.incarnation = await self._incarnations.register(self.name)
         self._participation = Participation(
@@ -175,7 +176,7 @@ class DomainActor:
             return [[] for _ in times_ms]
         found = []
         for now_ms in times_ms:
-            commands = await self._domain.due(_OwnRows(self), now_ms)
+            commands = await self._domain.due(self._due_rows, now_ms)
             found.append([(id, c.type_name(), c.model_dump_json().encode(), c.routing_key) for id, c in commands])
         return found
 
@@ -277,27 +278,3 @@ async def _each(work: Iterable[Awaitable[T]], otherwise: T) -> list[T]:
             raise reply
         replies.append(otherwise if isinstance(reply, BaseException) else reply)
     return replies
-
-
-class _OwnRows:
-    """actors.domain.Reader over the buckets of one actor."""
-
-    def __init__(self, actor: DomainActor) -> None:
-        self._actor = actor
-
-    async def until(self, table: Table[R], limit_value: Value, *, limit: int) -> list[R]:
-        actor = self._actor
-        schema = transactional(table.schema)
-        records: list[R] = []
-        for bucket in actor._buckets:
-            for partition in [(bucket, n) for n in range(table.slices)] if table.sliced_by else [(bucket,)]:
-                rows = await actor._storage.scan(Scan(schema, partition, end=Bound((limit_value,)), limit=limit))
-                for row in rows:
-                    key = Key(partition, tuple(row[name] for name in table.key))
-                    try:
-                        resolved = await actor._recovery.resolve(table.schema, key, row)
-                    except CrudConflictError:
-                        continue  # a transaction has it in hand: it may be there at the next look
-                    if resolved is not None:
-                        records.append(table.from_row(resolved))
-        return records[:limit]

@@ -293,8 +293,8 @@ class _Reader:
     def __init__(self, rehearsal: Rehearsal) -> None:
         self._rehearsal = rehearsal
 
-    async def until(self, table: Table[R], limit_value: Value, *, limit: int) -> list[R]:
-        due = [row for row in self._rehearsal.rows(table) if getattr(row, table.key[0]) <= limit_value]
+    async def until(self, table: Table[R], limit_ms: int, *, limit: int) -> list[R]:
+        due = [row for row in self._rehearsal.rows(table) if getattr(row, table.key[0]) <= limit_ms]
         return due[:limit]
 
 

@@ -20,6 +20,7 @@ from infra.consensus_commit.metadata import is_committed, is_transactional, layo
 from infra.storage.operations import ColumnCondition, Key, Operator, Row, Scan, TableSchema, Value
 from infra.storage.port import Storage
 from schemas.outcome import Answer
+from schemas.partitioning import slot
 from schemas.registry import DOMAINS
 from scripts.connections import open_storage
 from scripts.wiring import domain_tables
@@ -94,10 +95,16 @@ class CommittedReader:
             async for row in self.rows(table.schema):
                 yield row
             return
-        for partition in table.partitions_of(routing_key, buckets=buckets):
+        for partition in await self._partitions_of(table, routing_key, buckets):
             async for row in self.scan(table.schema, partition):
                 if row[table.routing] == routing_key:
                     yield row
+
+    async def _partitions_of(self, table: Table[Any], routing_key: str, buckets: int) -> list[tuple[Value, ...]]:
+        if not table.period_ms:
+            return table.partitions_of(routing_key, buckets=buckets)
+        found = await self.storage.partitions(layout_of(table.schema).stored)
+        return sorted((each for each in found if each[0] == slot(routing_key, buckets)), key=repr)
 
     async def answers(self, command_id: str, key: str | None, *, buckets: int) -> list[Answer]:
         """The durable answers under an id: of the key, or without one of every bucket of every domain.

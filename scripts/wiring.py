@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from actors.domain import Domain, Table, carry_stored_columns
+from actors.due_rows import TIMERS
 from actors.incarnations import INCARNATIONS
 from actors.outcomes import outcomes_of
 from actors.runtime import Placement
@@ -128,5 +129,6 @@ def stored_tables(settings: Settings, storage: Storage) -> Sequence[TableSchema]
         states.table,
         IntentLog(storage).table,
         INCARNATIONS,
+        TIMERS,
         *(transactional(table.schema) for table in domain_tables(settings)),
     ]

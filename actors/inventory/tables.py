@@ -96,6 +96,13 @@ PRODUCTS = Table("inventory", "products", Product, key=("category", "product_id"
 
 RESERVATIONS = Table("inventory", "reservations", Reservation, key=("category", "order_id"), routing="category")
 
-EXPIRIES = Table("inventory", "expiries", Expiry, key=("expires_at_ms", "category", "order_id"), routing="category")
+EXPIRIES = Table(
+    "inventory",
+    "expiries",
+    Expiry,
+    key=("expires_at_ms", "category", "order_id"),
+    routing="category",
+    period_ms=60_000,  # 60,000 timers, if a bucket has 1,000 new ones a second.
+)
 
 inventory = Domain("inventory", (PRODUCTS, RESERVATIONS, EXPIRIES))

@@ -40,8 +40,8 @@ TRANSACTION_COLUMNS = ("tx_id", "tx_state", "tx_version", "tx_prepared_at", "tx_
 Tables = Mapping[str, Sequence[str]]
 """By its name, each table's rows as sorted lines of JSON: what is left of a system when it has ended."""
 
-LEFT_OUT = ("transaction_id", "record_version")
-"""User columns that tell a transaction or a version; times are told by their names' ends."""
+LEFT_OUT = ("transaction_id", "record_version", "period")
+"""Columns that tell a transaction, a version or a time; other times are told by their names' ends."""
 
 
 def in_doubt(directory: Path) -> list[str]:
