@@ -995,19 +995,21 @@ class StorageContract:
     @pytest.mark.parametrize(
         "selection",
         [
-            ScanAll(THINGS, limit=-1),
-            ScanAll(THINGS, (ColumnCondition("missing", Operator.EQ, 1),)),
-            ScanAll(THINGS, (ColumnCondition("small", Operator.EQ, "1"),)),
-            ScanAll(replace(THINGS, name="absent")),
-            IndexScan(THINGS, "small", 1),
-            IndexScan(INDEXED, "note", "x"),
-            IndexScan(INDEXED, "id", 1),
-            IndexScan(INDEXED, "colour", None),
-            IndexScan(INDEXED, "colour", 1),
-            IndexScan(INDEXED, "colour", "red", limit=-1),
-            IndexScan(INDEXED, "colour", "red", (ColumnCondition("missing", Operator.EQ, 1),)),
+            pytest.param(ScanAll(THINGS, limit=-1), id="a negative limit"),
+            pytest.param(ScanAll(THINGS, (ColumnCondition("missing", Operator.EQ, 1),)), id="an unknown column"),
+            pytest.param(ScanAll(THINGS, (ColumnCondition("small", Operator.EQ, "1"),)), id="a value of another type"),
+            pytest.param(ScanAll(replace(THINGS, name="absent")), id="no such table"),
+            pytest.param(IndexScan(THINGS, "small", 1), id="a table without indexes"),
+            pytest.param(IndexScan(INDEXED, "note", "x"), id="a column without index"),
+            pytest.param(IndexScan(INDEXED, "id", 1), id="the partition key"),
+            pytest.param(IndexScan(INDEXED, "colour", None), id="NULL"),
+            pytest.param(IndexScan(INDEXED, "colour", 1), id="an indexed value of another type"),
+            pytest.param(IndexScan(INDEXED, "colour", "red", limit=-1), id="an index and a negative limit"),
+            pytest.param(
+                IndexScan(INDEXED, "colour", "red", (ColumnCondition("missing", Operator.EQ, 1),)),
+                id="an index and an unknown column",
+            ),
         ],
-        ids=repr,
     )
     async def test_a_read_across_partitions_that_does_not_fit_its_table_is_refused(
         self, storage: Storage, selection: ScanAll | IndexScan
