@@ -192,10 +192,9 @@ class KafkaSettings(_Group):
         8 * MEBIBYTE, ge=1024, le=100 * MEBIBYTE, description="largest message of any topic, dead letters included"
     )
     retention_commands_hours: int = Field(
-        72, ge=1, description="how long commands are kept; shorter than outcome.window_hours"
+        72, ge=1, description="how long commands and their results are kept; shorter than outcome.window_hours"
     )
     retention_events_hours: int = Field(-1, ge=-1, description="how long events are kept; -1 for ever")
-    retention_results_hours: int = Field(72, ge=1, description="how long results are kept")
     retention_dlq_hours: int = Field(30 * 24, ge=1, description="how long dead letters are kept")
     delivery_timeout_ms: int = Field(
         30_000, ge=1000, le=600_000, description="how long a message may wait for the broker before its sender is told"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -234,3 +235,18 @@ def test_only_a_file_that_nobody_else_reads_carries_secrets() -> None:
 )
 def test_the_url_of_a_storage_is_shown_without_its_password(url: str, shown: str) -> None:
     assert without_secrets(url) == shown
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    """As an attribute, or by its name as a text (`secret_of`, which also finds the file of a secret)."""
+    root = Path(__file__).resolve().parents[2]
+    read = {
+        name
+        for package in ("actors", "infra", "schemas", "scripts", "streams")
+        for file in (root / package).rglob("*.py")
+        if file != root / "infra" / "config.py"
+        for name in re.findall(r"""[."'](\w+)""", file.read_text())
+    }
+
+    settings = [line.name.rpartition(".")[2] for line in describe_settings(Settings())]
+    assert [name for name in settings if not {name, name.removesuffix("_file")} & read] == []

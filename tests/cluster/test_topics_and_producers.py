@@ -31,6 +31,7 @@ def test_topics_are_declared_as_the_settings_say() -> None:
 
     assert (commands.partitions, commands.replication) == (8, 3)
     assert commands.configs["retention.ms"] == str(24 * 3_600_000)
+    assert specs["orders.results"].configs["retention.ms"] == commands.configs["retention.ms"]
     assert {spec.configs["min.insync.replicas"] for spec in specs.values()} == {"2"}
     assert {spec.configs["cleanup.policy"] for spec in specs.values()} == {"delete"}
 
