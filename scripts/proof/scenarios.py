@@ -304,8 +304,11 @@ def _what_holds(system: RunningSystem, files: Sequence[Path], **options: Any) ->
 
 
 def _check(system: RunningSystem) -> Report:
-    """What `concord check` says of the system once it is at rest."""
-    checked: Report = system.concord("check", timeout_s=CHECKED_WITHIN_S).lines[-1]
+    """What `concord check` says of the system once it is at rest. Raises NotAsAskedError where it says nothing."""
+    told = system.concord("check", timeout_s=CHECKED_WITHIN_S)
+    if not told.lines:
+        raise NotAsAskedError(f"concord check ended with {told.code}: {told.stderr[-2000:]}")
+    checked: Report = told.lines[-1]
     return checked
 
 
