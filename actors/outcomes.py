@@ -6,15 +6,24 @@ Each domain has its own `outcomes` table. Its rows answer redeliveries for as lo
 
 from __future__ import annotations
 
+import asyncio
 from functools import cache
+
+import structlog
 
 from actors.domain import Record, Table
 from infra.consensus_commit.metadata import transactional
+from infra.consensus_commit.parallel import in_parallel
 from infra.consensus_commit.states import TransactionState
-from infra.storage.errors import NoMutationError
-from infra.storage.operations import ColumnCondition, Delete, If, Key, Operator, Scan
+from infra.storage.conditions import all_hold
+from infra.storage.errors import NoMutationError, TooMuchToReadError
+from infra.storage.operations import Bound, ColumnCondition, Delete, If, Key, Operator, Row, Scan
 from infra.storage.port import Storage
 from schemas.outcome import Answer
+
+log = structlog.get_logger()
+
+DELETED_SIDE_BY_SIDE = 32
 
 
 class Outcome(Record):
@@ -58,24 +67,46 @@ async def prune_outcomes(
 ) -> int:
     """Delete the outcomes of these buckets that were committed before `before_ms`; returns how many.
 
-    The age is a condition of every delete, so that no row that is younger, or in doubt, can go whatever was read.
+    The age is a condition of every delete, so that no row that is younger, or in doubt, can go whatever was read. Each
+    partition is read once, from one end to the other: beginning anew would pass over what has just been deleted. One
+    that cannot be read to its end, since too much was deleted there, is left until the next time, and keeps no other
+    waiting; a storage that does not serve at all raises its error.
     """
-    old = ColumnCondition("committed_at_ms", Operator.LT, before_ms)
-    settled = ColumnCondition("tx_state", Operator.EQ, TransactionState.COMMITTED.value)  # and not in doubt
-    pruned = 0
+    conditions = (
+        ColumnCondition("committed_at_ms", Operator.LT, before_ms),
+        ColumnCondition("tx_state", Operator.EQ, TransactionState.COMMITTED.value),  # and not in doubt
+    )
     schema = transactional(table.schema)
+
+    async def delete(key: Key) -> int:
+        try:
+            await storage.mutate([Delete(schema, key, If(conditions))])
+        except NoMutationError:
+            return 0
+        return 1
+
+    async def prune(partition: tuple[int, int]) -> int:
+        pruned = 0
+        after: Bound | None = None
+        while True:
+            rows = await storage.scan(Scan(schema, partition, start=after, limit=batch))
+            old = [_key(partition, row) for row in rows if all_hold(conditions, row)]
+            for first in range(0, len(old), DELETED_SIDE_BY_SIDE):
+                pruned += sum(await in_parallel([delete(key) for key in old[first : first + DELETED_SIDE_BY_SIDE]]))
+            if len(rows) < batch:
+                return pruned
+            after = Bound(_key(partition, rows[-1]).clustering, inclusive=False)
+            await asyncio.sleep(0)  # A storage in this process may answer without ever giving way.
+
+    total = 0
     for bucket in buckets:
         for number in range(table.slices):
-            while rows := await storage.scan(Scan(schema, (bucket, number), where=(old, settled), limit=batch)):
-                deleted = 0
-                for row in rows:
-                    key = Key((bucket, number), (row["key"], row["id"]))
-                    try:
-                        await storage.mutate([Delete(schema, key, If((old, settled)))])
-                        deleted += 1
-                    except NoMutationError:
-                        continue
-                pruned += deleted
-                if deleted == 0:
-                    break
-    return pruned
+            try:
+                total += await prune((bucket, number))
+            except TooMuchToReadError as error:
+                log.warning("pruning is done later", table=table.full_name, bucket=bucket, error=str(error))
+    return total
+
+
+def _key(partition: tuple[int, int], row: Row) -> Key:
+    return Key(partition, (row["key"], row["id"]))

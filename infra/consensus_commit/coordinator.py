@@ -30,6 +30,7 @@ from typing import cast
 from infra.clock import Clock
 from infra.consensus_commit.errors import CommitConflictError, UnknownTransactionStatusError
 from infra.consensus_commit.intents import Intent, IntentLog, records_intent
+from infra.consensus_commit.parallel import in_parallel
 from infra.consensus_commit.states import TransactionState
 from infra.failpoints import reach
 from infra.storage.errors import (
@@ -46,6 +47,8 @@ from infra.storage.operations import (
     Key,
     Operator,
     Put,
+    Row,
+    ScanAll,
     TableSchema,
     Value,
 )
@@ -57,6 +60,11 @@ CHILD_IDS = "tx_child_ids"
 OPTIONAL_COLUMNS: Mapping[str, DataType] = {CHILD_IDS: DataType.TEXT, "tx_write_set": DataType.BLOB}
 """What the state table has besides where a Java program made it, with group commit or write-set logging on."""
 _KNOWN_AT_MOST = 10_000
+
+PRUNED_AT_ONCE = 1_000
+"""Old rows that a pruning holds in memory, and for which it reads the intents once."""
+
+FORGOTTEN_SIDE_BY_SIDE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,16 +173,7 @@ class CoordinatorStates:
     async def _get(self, tx_id: str) -> StateRow | None:
         await self._adopt()
         row = await self._storage.get(self.table, Key((tx_id,)))
-        if row is None:
-            return None
-        children = cast("str | None", row.get(CHILD_IDS))
-        return StateRow(
-            tx_id,
-            TransactionState(cast(int, row["tx_state"])),
-            cast(int, row["tx_created_at"]),
-            tuple(children.split(",")) if children else (),
-            cast("bytes | None", row.get("tx_write_set")),
-        )
+        return None if row is None else _state(row)
 
     async def _adopt(self) -> None:
         """Take the state table for what it is. Asked until there is one, and then never again.
@@ -323,38 +322,52 @@ class CoordinatorStates:
         - ABORTED goes if its intent says that every record was rolled back, and `writer_is_gone(intent)`: a writer
           that was only paused would otherwise find no row in its way and commit. Without an intent it is kept.
 
-        Reads the whole state table, then the intents: a transaction records its intent before its first record and
-        removes it last, so that one without intent at that point has been settled. Storage errors pass through;
-        pruning again is harmless.
+        Reads the state table a page at a time, and after each PRUNED_AT_ONCE old rows the intents: a transaction
+        records its intent before its first record and removes it last, so that one without intent at that point has
+        been settled. Storage errors pass through; pruning again is harmless.
         """
         await self._adopt()
         cutoff_ms = self._clock.now_ms() - older_than_ms
-        tx_ids = [cast(str, partition[0]) for partition in await self._storage.partitions(self.table)]
-        old: list[StateRow] = []
-        for number, tx_id in enumerate(tx_ids):
-            state = await self.get_state(tx_id)
-            if state is not None and state.created_at_ms < cutoff_ms:
-                old.append(state)
-            if number % 100 == 0:
-                await asyncio.sleep(0)  # A storage in this process may answer without ever giving way.
-        intent_of = {intent.tx_id: intent for intent in await intents.all()}
         committed = aborted = 0
-        forgotten: list[Intent] = []
+        old: list[StateRow] = []
+        async for page in self._storage.pages(ScanAll(self.table)):
+            old += [state for state in map(_state, page) if state.created_at_ms < cutoff_ms]
+            if len(old) >= PRUNED_AT_ONCE:
+                pruned = await self._prune(old, intents, writer_is_gone)
+                committed, aborted, old = committed + pruned.committed, aborted + pruned.aborted, []
+            await asyncio.sleep(0)  # A storage in this process may answer without ever giving way.
+        pruned = await self._prune(old, intents, writer_is_gone)
+        # What was pruned halfway: its row is gone, its intent is still there.
+        for intent in await intents.all():
+            old_enough = intent.aborted and intent.created_at_ms < cutoff_ms
+            if old_enough and writer_is_gone(intent) and await self._get(intent.tx_id) is None:
+                await intents.remove(intent.coordinator, [intent.tx_id])
+        return Pruned(committed + pruned.committed, aborted + pruned.aborted)
+
+    async def _prune(
+        self, old: Sequence[StateRow], intents: IntentLog, writer_is_gone: Callable[[Intent], bool]
+    ) -> Pruned:
+        """Forget those of `old` that nobody can need; they were read before the intents are."""
+        if not old:
+            return Pruned(0, 0)
+        intent_of = {intent.tx_id: intent for intent in await intents.all()}
+        settled: list[StateRow] = []
+        abandoned: list[tuple[StateRow, Intent]] = []
         for state in old:
             intent = intent_of.get(state.tx_id)
             if state.state is TransactionState.COMMITTED:
                 if _is_settled(state, intent_of):
-                    committed += await self.forget(state)
+                    settled.append(state)
             elif intent is not None and intent.aborted and writer_is_gone(intent):
-                aborted += await self.forget(state)
-                forgotten.append(intent)
-        # The row first, then the intent: the other way round, a crash in between would keep the row for ever.
-        known = set(tx_ids)
-        for intent in intent_of.values():
-            lost = intent.aborted and intent.tx_id not in known and intent.created_at_ms < cutoff_ms
-            if lost and writer_is_gone(intent):
-                forgotten.append(intent)
-        for intent in forgotten:
+                abandoned.append((state, intent))
+        committed = 0
+        for first in range(0, len(settled), FORGOTTEN_SIDE_BY_SIDE):
+            some = settled[first : first + FORGOTTEN_SIDE_BY_SIDE]
+            committed += sum(await in_parallel([self.forget(state) for state in some]))
+        aborted = 0
+        for state, intent in abandoned:
+            # The row first, then the intent: the other way round, a crash in between would keep the row for ever.
+            aborted += await self.forget(state)
             await intents.remove(intent.coordinator, [intent.tx_id])
         return Pruned(committed, aborted)
 
@@ -372,6 +385,17 @@ class CoordinatorStates:
         except NoMutationError:
             return 0
         return 1
+
+
+def _state(row: Row) -> StateRow:
+    children = cast("str | None", row.get(CHILD_IDS))
+    return StateRow(
+        cast(str, row["tx_id"]),
+        TransactionState(cast(int, row["tx_state"])),
+        cast(int, row["tx_created_at"]),
+        tuple(children.split(",")) if children else (),
+        cast("bytes | None", row.get("tx_write_set")),
+    )
 
 
 def _is_settled(state: StateRow, intent_of: Mapping[str, Intent]) -> bool:

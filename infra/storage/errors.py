@@ -4,6 +4,8 @@
     ├── InvalidOperationError    the caller's mistake (unknown column, wrong type, two atomic units): fix the call
     ├── NoMutationError          a condition did not hold: nothing was written, read again
     ├── UnavailableStorageError  nothing was written and the cause may pass (locked, full, unreachable): wait
+    │   ├── UnusableStorageError     as it and the settings are: waiting does not help
+    │   └── TooMuchToReadError       of a read: one of less may pass
     └── UnknownOutcomeError      the write may or may not have been applied: read before you decide
 
 The classes mirror ScalarDB's NoMutationException and RetriableExecutionException; an unknown outcome is a
@@ -49,6 +51,10 @@ class UnavailableStorageError(StorageError):
 class UnusableStorageError(UnavailableStorageError):
     """As it and the settings are, the storage cannot be used: credentials, trust, a server's settings. Waiting does not
     help."""
+
+
+class TooMuchToReadError(UnavailableStorageError):
+    """The storage gave a read up, mostly since it passed over too much that was deleted. One of less may pass."""
 
 
 class UnknownOutcomeError(StorageError):

@@ -9,6 +9,7 @@ import pytest
 from faults import Crashed, Kind, writes_to
 from protocol_world import ABORTED, ACCOUNT, COMMITTED, World, key
 
+from infra.consensus_commit import coordinator
 from infra.consensus_commit.coordinator import Pruned
 from infra.consensus_commit.errors import CommitConflictError
 from infra.consensus_commit.intents import Intent, IntentLog, new_intended_id
@@ -67,6 +68,20 @@ async def test_a_committed_transaction_whose_records_were_all_settled_is_forgott
 
     assert await prune(world, log) == Pruned(committed=1, aborted=0)
     assert await world.state_rows() == {}
+
+
+async def test_however_many_decisions_are_old_a_pruning_takes_them_all_a_part_at_a_time(
+    world: World, log: IntentLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator, "PRUNED_AT_ONCE", 3)
+    ids = [new_intended_id(world.clock) for _ in range(10)]
+    for tx_id in ids:
+        await committed(world, tx_id)
+    await log.record([an_intent(world, ids[4])])
+    world.clock.advance(HOUR_MS + 1)
+
+    assert await prune(world, log) == Pruned(committed=9, aborted=0)
+    assert await world.state_rows() == {ids[4]: COMMITTED}
 
 
 async def test_a_young_decision_is_kept(world: World, log: IntentLog) -> None:
