@@ -1,18 +1,20 @@
 """Servers that others run: waited for at a start, and asked for as long as the system runs, so that readiness tells.
 
-Asking changes nothing: Kafka is asked for the identity of its cluster, a storage for its tables.
+Asking changes nothing: Kafka and Ray are asked for the identity of their clusters, a storage for its tables.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
-from infra.config import Settings, without_secrets
+from infra.config import Settings, secret_of, without_secrets
 from infra.messaging.errors import BrokerUnavailableError, NotAuthenticatedError, UntrustedBrokerError
 from infra.messaging.reader import cluster_id
 from infra.storage.errors import UnavailableStorageError, UnusableStorageError
@@ -23,12 +25,32 @@ REACHED_WITHIN_S = 60.0
 """How long a start waits for servers that do not answer yet."""
 
 ASK_AGAIN_S = 1.0
+RAY_ANSWERS_WITHIN_S = 5.0
 ANSWER_WITHIN_S = 20.0
 """Longer than a client's own patience, whose error says more."""
 
-UNREACHABLE = (BrokerUnavailableError, UnavailableStorageError, TimeoutError)
 
-HOPELESS = (NotAuthenticatedError, UntrustedBrokerError, UnusableStorageError)
+class RayUnavailableError(Exception):
+    """Nobody answers where the settings say that Ray is."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(f"Ray does not answer at {address}. See that it is healthy, or check CONCORD_RAY__ADDRESS.")
+
+
+class RayRefusesError(RayUnavailableError):
+    """Ray is there, and does not accept the token that we present."""
+
+    def __init__(self, address: str) -> None:
+        Exception.__init__(
+            self,
+            f"Ray at {address} does not accept our token. Set CONCORD_RAY__TOKEN_FILE or CONCORD_RAY__TOKEN to that of "
+            "the cluster.",
+        )
+
+
+UNREACHABLE = (BrokerUnavailableError, UnavailableStorageError, RayUnavailableError, TimeoutError)
+
+HOPELESS = (NotAuthenticatedError, UntrustedBrokerError, UnusableStorageError, RayRefusesError)
 """Those of them that no waiting changes."""
 
 
@@ -87,12 +109,52 @@ class OutsideStorage:
             await storage.close()
 
 
+class OutsideRay:
+    """The Ray that the settings name.
+
+    Its own client tries for 20 seconds whatever is wrong and then does not say what was, so it is asked by a call of
+    its protocol. What it says otherwise than that it refuses us is left to the client.
+    """
+
+    kind = name = "ray"
+
+    def __init__(self, settings: Settings) -> None:
+        self.address = settings.ray.address
+        self._token = partial(secret_of, settings.ray, "token")
+
+    async def ask(self) -> None:
+        import grpc  # type: ignore[import-untyped]  # a part of ray[default]
+
+        token = self._token()
+        async with grpc.aio.insecure_channel(self.address) as channel:
+            question = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+            try:
+                await question(b"", timeout=RAY_ANSWERS_WITHIN_S, metadata=(("authorization", f"Bearer {token}"),))
+            except grpc.aio.AioRpcError as error:
+                if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                    raise RayUnavailableError(self.address) from None
+                if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                    raise RayRefusesError(self.address) from None
+
+    async def close(self) -> None:
+        """It holds no connection between two questions."""
+
+
 def servers_outside(settings: Settings) -> Sequence[Outside]:
     """Those that this profile uses and does not start. What asking them comes to is said here, not by their clients."""
-    if settings.profile == "cluster":
-        for client in ("aiokafka", "cassandra"):
-            logging.getLogger(client).setLevel(logging.CRITICAL)
-    return (OutsideKafka(settings), OutsideStorage(settings)) if settings.profile == "cluster" else ()
+    if settings.profile != "cluster":
+        return ()
+    for client in ("aiokafka", "cassandra"):
+        logging.getLogger(client).setLevel(logging.CRITICAL)
+    servers = (OutsideKafka(settings), OutsideStorage(settings))
+    return (*servers, OutsideRay(settings)) if _can_be_asked(settings) else servers
+
+
+def _can_be_asked(settings: Settings) -> bool:
+    """Whether we know what Ray's client will do: where it goes, which token it presents, and that it speaks no TLS."""
+    ray = settings.ray
+    has_place = ":" in ray.address and "://" not in ray.address
+    return has_place and bool(ray.token_file or ray.token) and os.environ.get("RAY_USE_TLS", "0") in ("", "0")
 
 
 async def wait_until_reachable(servers: Sequence[Outside], progress: Callable[[str], None]) -> None:

@@ -41,6 +41,7 @@ EXPECTED: Mapping[str, ExitCode] = {
     "scripts.backup.pausing.PauseFailedError": ExitCode.FAILED,
     "scripts.backup.restore.RestoreRefusedError": ExitCode.REFUSED,
     "scripts.up.StartFailedError": ExitCode.FAILED,
+    "scripts.outside.RayUnavailableError": ExitCode.UNREACHABLE,
     "scripts.outside.SilentServerError": ExitCode.UNREACHABLE,
     "builtins.OSError": ExitCode.FAILED,
 }

@@ -1,10 +1,11 @@
-"""One protected server of each kind for each module that wants it, which is too much to keep for a whole session; and
+"""One protected server of each kind for the tests of this folder, which is too much to keep for a whole session; and
 after each test a look for secrets in what was told."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 
 import pytest
 import pytest_asyncio
@@ -15,19 +16,49 @@ from infra.telemetry import _LIBRARY_LEVELS
 PLANTED = "planted-"
 """What every secret of these tests begins with."""
 
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def secure_kafka(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SecureKafka]:
-    """A Kafka that asks who one is; tests make topics of their own on it."""
-    async with running_secure_kafka(tmp_path_factory.mktemp("secure-kafka")) as kafka:
-        yield kafka
+Stop = Callable[[], Awaitable[None]]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def secure_cassandra(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SecureCassandra]:
-    """A Cassandra that asks who one is; tests make keyspaces of their own on it."""
-    async with running_secure_cassandra(tmp_path_factory.mktemp("secure-cassandra")) as cassandra:
-        yield cassandra
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def started_kafka(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[SecureKafka, Stop]]:
+    async with AsyncExitStack() as stack:
+        directory = tmp_path_factory.mktemp("secure-kafka")
+        yield await stack.enter_async_context(running_secure_kafka(directory)), stack.aclose
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def started_cassandra(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[SecureCassandra, Stop]]:
+    async with AsyncExitStack() as stack:
+        directory = tmp_path_factory.mktemp("secure-cassandra")
+        yield await stack.enter_async_context(running_secure_cassandra(directory)), stack.aclose
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def secure_kafka(
+    started_kafka: tuple[SecureKafka, Stop], request: pytest.FixtureRequest
+) -> AsyncIterator[SecureKafka]:
+    """A Kafka that asks who one is; tests make topics of their own on it. It ends with the last test that wants it."""
+    kafka, stop = started_kafka
+    yield kafka
+    if is_last_to_want_it(request):
+        await stop()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def secure_cassandra(
+    started_cassandra: tuple[SecureCassandra, Stop], request: pytest.FixtureRequest
+) -> AsyncIterator[SecureCassandra]:
+    """A Cassandra that asks who one is; tests make keyspaces of their own on it. It ends as the Kafka does."""
+    cassandra, stop = started_cassandra
+    yield cassandra
+    if is_last_to_want_it(request):
+        await stop()
+
+
+def is_last_to_want_it(request: pytest.FixtureRequest) -> bool:
+    """Of the tests of this run, in their order, that have the fixture which asks."""
+    users = [item for item in request.session.items if request.fixturename in getattr(item, "fixturenames", ())]
+    return request.node is users[-1]
 
 
 @pytest.fixture(autouse=True)

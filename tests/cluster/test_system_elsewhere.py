@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
 from infra.config import WITH_SECRETS, load_settings, secret_of
 from scripts.cli.errors import CommandError
 from scripts.cli.system import System, runtime_path, write_atomically
 from scripts.connections import kafka_connection, ray_environment, storage_address
+from scripts.outside import OutsideRay, RayRefusesError, RayUnavailableError, servers_outside
 from scripts.worker import WorkerSetup, setup_path, write_setup
 
 CLUSTER = {
@@ -131,3 +136,67 @@ def test_production_asks_for_nodes_that_let_nobody_in_unasked(tmp_path: Path) ->
     assert access(CONCORD_ALLOW_INSECURE=f"{everything},cassandra_anonymous") == (False, False)
     assert access(CONCORD_ALLOW_INSECURE=f"{everything},periodic_commitlog") == (True, True)
     assert access(CONCORD_MODE="development") == (False, False)
+
+
+@asynccontextmanager
+async def ray_that_says(code: grpc.StatusCode | None) -> AsyncIterator[tuple[str, list[dict[str, Any]]]]:
+    """Its address, and what it was told by those who asked it."""
+    told: list[dict[str, Any]] = []
+
+    async def answer(request: bytes, context: Any) -> bytes:
+        told.append(dict(context.invocation_metadata()))
+        if code is not None:
+            await context.abort(code, "InvalidAuthToken")
+        return b""
+
+    methods = {"GetClusterId": grpc.unary_unary_rpc_method_handler(answer)}
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", methods),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}", told
+    finally:
+        await server.stop(None)
+
+
+def outside_ray(address: str, tmp_path: Path) -> OutsideRay:
+    settings = load_settings(environment={**CLUSTER, "CONCORD_RAY__ADDRESS": address}, data_dir=tmp_path)
+    (ray,) = (server for server in servers_outside(settings) if isinstance(server, OutsideRay))
+    return ray
+
+
+@pytest.mark.parametrize("code", [None, grpc.StatusCode.UNIMPLEMENTED])
+async def test_a_ray_that_answers_is_presented_the_token_and_left_to_its_client(
+    code: grpc.StatusCode | None, tmp_path: Path
+) -> None:
+    async with ray_that_says(code) as (address, told):
+        await outside_ray(address, tmp_path).ask()
+
+    assert [metadata["authorization"] for metadata in told] == ["Bearer planted-ray"]
+
+
+async def test_a_ray_that_refuses_the_token_is_told_from_one_that_is_not_there(tmp_path: Path) -> None:
+    async with ray_that_says(grpc.StatusCode.UNAUTHENTICATED) as (address, _):
+        with pytest.raises(RayRefusesError, match=f"Ray at {address} does not accept our token"):
+            await outside_ray(address, tmp_path).ask()
+
+    with pytest.raises(RayUnavailableError, match=f"Ray does not answer at {address}"):
+        await outside_ray(address, tmp_path).ask()
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"CONCORD_RAY__ADDRESS": ""},
+        {"CONCORD_RAY__ADDRESS": "auto"},
+        {"CONCORD_RAY__ADDRESS": "r:1", "CONCORD_RAY__TOKEN": ""},
+    ],
+    ids=["one of our own", "a node of it here", "no token"],
+)
+def test_a_ray_whose_place_or_token_we_do_not_know_is_left_to_its_client(
+    others: dict[str, str], tmp_path: Path
+) -> None:
+    settings = load_settings(environment={**CLUSTER, **others}, data_dir=tmp_path)
+
+    assert [server.kind for server in servers_outside(settings)] == ["kafka", "storage"]
