@@ -82,8 +82,8 @@ async def run(options: argparse.Namespace) -> None:
             return (await client.submit(message, id=id, digest=None).answer).status
 
         opening = [
-            *(_product(product) for product in products),
-            *(OpenWallet(customer_id=customer, currency="GBP", initial_balance=10**12) for customer in customers),
+            *map(product_of, products),
+            *map(wallet_of, customers),
         ]
         await asyncio.gather(*(ask(command, f"{mark}-open-{n}") for n, command in enumerate(opening)))
         for in_flight in options.in_flight:
@@ -91,7 +91,7 @@ async def run(options: argparse.Namespace) -> None:
             orders = options.orders if in_flight > 1 else max(options.orders // 10, 50)
 
             async def place(number: int, in_flight: int = in_flight) -> str:
-                order = _order(chance.choice(customers), chance.choice(products), f"{mark}-{in_flight}-{number}")
+                order = order_of(chance.choice(customers), chance.choice(products), f"{mark}-{in_flight}-{number}")
                 return await ask(order, f"{mark}-{in_flight}-{number}")
 
             before = usage(runtime)
@@ -152,13 +152,17 @@ async def _by_hand(
             await consumer.stop()
 
 
-def _product(product: str) -> RegisterProduct:
+def product_of(product: str) -> RegisterProduct:
     return RegisterProduct(
         category=product[-3:], product_id=product, name=product, quantity=10**8, unit_price=100, currency="GBP"
     )
 
 
-def _order(customer: str, product: str, order_id: str) -> PlaceOrder:
+def wallet_of(customer: str) -> OpenWallet:
+    return OpenWallet(customer_id=customer, currency="GBP", initial_balance=10**12)
+
+
+def order_of(customer: str, product: str, order_id: str) -> PlaceOrder:
     return PlaceOrder(
         customer_id=customer,
         order_id=order_id,

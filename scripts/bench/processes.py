@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infra.servers import guard
+from scripts.proof.running import ACTOR_TITLE, VIEWS
 from scripts.proof.stored import stored_at
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+
+_RAY_PARTS = ("raylet", "gcs_server")
 
 
 @dataclass(frozen=True)
@@ -20,9 +24,12 @@ class Usage:
     resident_mb: float
 
 
-def usage(runtime: dict[str, Any]) -> dict[str, Usage]:
-    """What each part of the system of a `runtime.json` has used so far; Ray's own processes are summed up."""
-    actors = _actor_pids(runtime["storage"])
+def usage(runtime: dict[str, Any], actors: Mapping[int, str] | None = None) -> dict[str, Usage]:
+    """What each part of the system of a `runtime.json` has used so far; most of Ray's own processes are summed up.
+
+    `actors` are those of `actor_pids`, for whoever looks often; without it the storage is asked each time.
+    """
+    actors = actor_pids(runtime["storage"]) if actors is None else actors
     found: dict[str, Usage] = {}
     for pid in {*guard.marked(runtime["run"]), runtime["pid"]}:
         try:
@@ -52,10 +59,12 @@ def _name(command: str, *, is_supervisor: bool) -> str:
         return "cassandra"
     if "scripts.worker" in command:
         return command.partition("--name ")[2].split()[0]
-    return "ray itself"
+    if command.startswith(ACTOR_TITLE):
+        return VIEWS
+    return next((part for part in _RAY_PARTS if f"/{part} " in command), "ray's others")
 
 
-def _actor_pids(storage_url: str) -> dict[int, str]:
+def actor_pids(storage_url: str) -> dict[int, str]:
     """The newest incarnation of each actor names its process."""
     with stored_at(storage_url) as storage:
         rows = sorted(storage.rows("coordinator.incarnations"), key=lambda row: int(row["started_at_ms"]))

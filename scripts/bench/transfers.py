@@ -212,10 +212,11 @@ class Ours:
 
 
 class Theirs:
-    """ScalarDB's side: threads of a Java program."""
+    """ScalarDB's side: threads of a Java program, on `keys` rows of each kind of work."""
 
-    def __init__(self, java: PeerProcess) -> None:
+    def __init__(self, java: PeerProcess, keys: Mapping[str, int] = KEYS) -> None:
         self._java = java
+        self._keys = keys
 
     async def round(self, work: str, at_once: int, seconds: float, tally: Tally) -> None:
         before = await self._java.ask("counts", manager=THEIRS)
@@ -224,7 +225,7 @@ class Theirs:
             manager=THEIRS,
             namespace=THEIRS,
             work="order" if work == "order" else "transfer",
-            keys=KEYS[work],
+            keys=self._keys[work],
             at_once=at_once,
             milliseconds=int(seconds * 1000),
         )
@@ -234,11 +235,18 @@ class Theirs:
         tally.statements += Counter(await self._java.ask("counts", manager=THEIRS)) - Counter(before)
 
 
-async def load(storage: CassandraStorage, works: Sequence[str], our_buckets: int) -> None:
-    """The same rows for both sides, as transactions left them long ago. By plain writes, for nobody else is here."""
+async def load(
+    storage: CassandraStorage,
+    works: Sequence[str],
+    our_buckets: int,
+    *,
+    sides: Sequence[str] = (OURS, THEIRS),
+    rows_each: int = 10_000,
+) -> None:
+    """The same rows for all `sides`, as transactions left them long ago. By plain writes, for nobody else is here."""
     manager = TransactionManager(storage, group_commit=True, coordinator_namespace="bench_coordinator")
     await manager.create_coordinator_tables()
-    for side in (OURS, THEIRS):
+    for side in sides:
         buckets = our_buckets if side == OURS else 0
         named = tables(side, buckets)
         for table in named.values():
@@ -248,7 +256,7 @@ async def load(storage: CassandraStorage, works: Sequence[str], our_buckets: int
             columns |= {"account": "balance"}
         if "order" in works:
             columns |= {"stock": "reserved", "wallet": "balance"}
-        rows = ((named[name], number, column) for name, column in columns.items() for number in range(10_000))
+        rows = ((named[name], number, column) for name, column in columns.items() for number in range(rows_each))
 
         async def worker(rows: Iterator[tuple[TableSchema, int, str]] = rows, buckets: int = buckets) -> None:
             for table, number, column in rows:
@@ -266,6 +274,22 @@ def cpu_s(pids: Mapping[str, int]) -> dict[str, float]:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         used[who] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return used
+
+
+async def open_scalardb(stack: AsyncExitStack, port: int) -> PeerProcess:
+    """The Java program with a ScalarDB on the Cassandra at `port`, until `stack` is left. Needs a `java_compiler`."""
+    classes = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-classes-")))
+    await compile_java(classes)
+    java = await start_java(classes, heap_mb=768)
+    stack.push_async_callback(java.stop)
+    settings = scalardb_settings(
+        port,
+        scalar__db__storage="watched-cassandra",
+        peer__watch=THEIRS,
+        scalar__db__consensus_commit__coordinator__namespace="bench_coordinator",
+    )
+    await java.ask("open", manager=THEIRS, properties=settings)
+    return java
 
 
 async def measure(options: argparse.Namespace, stack: AsyncExitStack) -> None:
@@ -295,17 +319,7 @@ async def measure(options: argparse.Namespace, stack: AsyncExitStack) -> None:
     if java_compiler() is None:
         print(json.dumps({"left_out": THEIRS, "why": NO_COMPILER}), flush=True)
     else:
-        classes = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-classes-")))
-        await compile_java(classes)
-        java = await start_java(classes, heap_mb=768)
-        stack.push_async_callback(java.stop)
-        settings = scalardb_settings(
-            port,
-            scalar__db__storage="watched-cassandra",
-            peer__watch=THEIRS,
-            scalar__db__consensus_commit__coordinator__namespace="bench_coordinator",
-        )
-        await java.ask("open", manager=THEIRS, properties=settings)
+        java = await open_scalardb(stack, port)
         sides[THEIRS] = Theirs(java)
         pids["java"] = java.pid
 
