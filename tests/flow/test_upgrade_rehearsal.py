@@ -32,7 +32,7 @@ from infra.storage.sqlite import SqliteStorage
 from schemas.envelope import Envelope, encode_headers
 from schemas.outcome import Answer
 from schemas.topics import TopicRole
-from scripts.cli.redrive_command import chosen
+from scripts.cli.redrive_command import Choice
 
 PADS = [f"pad-{number}" for number in range(12)]
 BODY_FIELD = {1: "text", 2: "body"}
@@ -122,7 +122,10 @@ class Releases:
 
     async def redrive(self, reason: str) -> list[Answer]:
         """What `concord redrive --reason` sends."""
-        letters = [letter.again() for letter in chosen(await self.dead_letters(), reason=reason, id=None)]
+        choice = Choice(reason)
+        for record in await self.dead_letters():
+            choice.take(record)
+        letters = [letter.again() for letter in choice.letters()]
         producer = EventProducer(self.world.bootstrap_servers, linger_ms=1)
         await producer.start()
         try:
