@@ -20,10 +20,20 @@ from infra.storage.errors import NoMutationError, TooMuchToReadError
 from infra.storage.operations import Bound, ColumnCondition, Delete, If, Key, Operator, Row, Scan
 from infra.storage.port import Storage
 from schemas.outcome import Answer
+from schemas.partitioning import slot
 
 log = structlog.get_logger()
 
 DELETED_SIDE_BY_SIDE = 32
+
+ONE_IN = 1_000
+KEPT_LONGER_MS = 11 * 24 * 3_600_000
+"""Of old outcomes one in so many, by its id, stays so much longer.
+
+Cassandra remembers deletions for ten days, and whoever reads a partition may pass over 100,000 of them from one row to
+the next: without any row left, a busy month that is followed by quiet ones would keep pruning, backups and checks from
+reading the table. By the time these go, what was deleted around them is forgotten.
+"""
 
 
 class Outcome(Record):
@@ -65,20 +75,19 @@ def outcome_row(answer: Answer) -> Outcome:
 async def prune_outcomes(
     storage: Storage, table: Table[Outcome], buckets: list[int], *, before_ms: int, batch: int = 500
 ) -> int:
-    """Delete the outcomes of these buckets that were committed before `before_ms`; returns how many.
+    """Delete the outcomes of these buckets that were committed before `before_ms`, but ONE_IN; returns how many.
 
     The age is a condition of every delete, so that no row that is younger, or in doubt, can go whatever was read. Each
     partition is read once, from one end to the other: beginning anew would pass over what has just been deleted. One
     that cannot be read to its end, since too much was deleted there, is left until the next time, and keeps no other
     waiting; a storage that does not serve at all raises its error.
     """
-    conditions = (
-        ColumnCondition("committed_at_ms", Operator.LT, before_ms),
-        ColumnCondition("tx_state", Operator.EQ, TransactionState.COMMITTED.value),  # and not in doubt
-    )
+    settled = ColumnCondition("tx_state", Operator.EQ, TransactionState.COMMITTED.value)  # and not in doubt
+    old = (ColumnCondition("committed_at_ms", Operator.LT, before_ms), settled)
+    very_old = (ColumnCondition("committed_at_ms", Operator.LT, before_ms - KEPT_LONGER_MS), settled)
     schema = transactional(table.schema)
 
-    async def delete(key: Key) -> int:
+    async def delete(key: Key, conditions: tuple[ColumnCondition, ...]) -> int:
         try:
             await storage.mutate([Delete(schema, key, If(conditions))])
         except NoMutationError:
@@ -90,9 +99,11 @@ async def prune_outcomes(
         after: Bound | None = None
         while True:
             rows = await storage.scan(Scan(schema, partition, start=after, limit=batch))
-            old = [_key(partition, row) for row in rows if all_hold(conditions, row)]
-            for first in range(0, len(old), DELETED_SIDE_BY_SIDE):
-                pruned += sum(await in_parallel([delete(key) for key in old[first : first + DELETED_SIDE_BY_SIDE]]))
+            asked = [(row, old if slot(str(row["id"]), ONE_IN) else very_old) for row in rows]
+            wanted = [(_key(partition, row), conditions) for row, conditions in asked if all_hold(conditions, row)]
+            for first in range(0, len(wanted), DELETED_SIDE_BY_SIDE):
+                some = wanted[first : first + DELETED_SIDE_BY_SIDE]
+                pruned += sum(await in_parallel([delete(key, conditions) for key, conditions in some]))
             if len(rows) < batch:
                 return pruned
             after = Bound(_key(partition, rows[-1]).clustering, inclusive=False)

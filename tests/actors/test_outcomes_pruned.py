@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from actors.outcomes import Outcome, outcomes_of, prune_outcomes
+from actors.outcomes import KEPT_LONGER_MS, ONE_IN, Outcome, outcomes_of, prune_outcomes
 from infra.consensus_commit.metadata import transactional
 from infra.storage.errors import TooMuchToReadError, UnavailableStorageError
 from infra.storage.forwarding import ForwardingStorage
 from infra.storage.memory import MemoryStorage
 from infra.storage.operations import Put, Row, Scan
+from schemas.partitioning import slot
 
 TABLE = outcomes_of("orders")
 STORED = transactional(TABLE.schema)
@@ -80,6 +81,21 @@ async def test_old_outcomes_go_and_young_ones_and_those_in_doubt_stay(storage: S
 
     assert await prune(storage) == 20
     assert await left(storage) == {"x41", *(f"x{number}" for number in range(0, 40, 2))}
+
+
+async def test_one_in_a_thousand_stays_until_what_was_deleted_around_it_is_forgotten(storage: Scans) -> None:
+    """A reader is thus never led over more deletions in a row than Cassandra lets him pass."""
+    stays = [f"x{number}" for number in range(6_000) if slot(f"x{number}", ONE_IN) == 0]
+    assert len(stays) in range(2, 15)
+    for number in range(6_000):
+        await put(storage, number, committed_at_ms=NOW_MS - 1)
+
+    assert await prune(storage, batch=500) == 6_000 - len(stays)
+    assert await left(storage) == {*stays}
+    for later_ms, pruned in ((KEPT_LONGER_MS - 1, 0), (KEPT_LONGER_MS, len(stays))):
+        buckets = list(range(BUCKETS))
+        assert await prune_outcomes(storage, TABLE, buckets, before_ms=NOW_MS + later_ms) == pruned
+    assert await left(storage) == set()
 
 
 async def test_every_row_is_read_once_however_many_are_old(storage: Scans) -> None:
