@@ -2,16 +2,19 @@
 
 The tests are those of `test_rules.py`, which say what they show; only their storage is another one. Chosen are those
 that need conditional deletes (pruning), reads across partitions (sweeping, refusals that rest on scans), writes that
-come late, and intents.
+come late, and intents. `EVERY_STORAGE=1` in the environment plays all that ask for a storage there.
 """
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
+import test_rules
 from test_rules import (
     test_rule_01_a_redelivered_command_gets_the_same_answer_and_the_same_event_ids,
     test_rule_01_pruning_takes_old_outcomes_and_no_younger_ones,
@@ -38,6 +41,13 @@ __all__ = [
     "test_rule_08_a_prepare_that_comes_late_is_undone_though_nobody_reads_and_its_row_waits_for_it",
     "test_rule_11_commands_of_one_key_take_effect_in_the_order_of_the_log",
 ]
+
+if os.environ.get("EVERY_STORAGE"):
+    globals().update(
+        (name, test)
+        for name, test in vars(test_rules).items()
+        if name.startswith("test_rule_") and "storage" in inspect.signature(test).parameters
+    )
 
 
 @pytest.fixture
