@@ -10,18 +10,28 @@ The wrong clock comes from libfaketime; the monotonic clock stays right, as it d
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import random
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC
 from pathlib import Path
 from typing import Any
 
+from cassandra.cluster import Cluster
+
+from infra.servers.cassandra import LocalCassandra
 from scripts.proof.disks.accounts import Bank
 from scripts.proof.disks.clients import client
 from scripts.proof.disks.injury import ToolMissingError
-from scripts.proof.disks.scenes import Storages, bank_options, judged, more_commits, open_on
+from scripts.proof.disks.on_cassandra import cassandra_at, url_of
+from scripts.proof.disks.scenes import Storages, bank_options, judged, more_commits, open_on, two_clients
 
 _TEN_MINUTES_S = 600
+_NEAR_S = 10
+"""An answer on a busy machine takes its time, by which a clock then seems wrong as well."""
 _LIBRARIES = (
     "/usr/lib/{machine}-linux-gnu/faketime/libfaketimeMT.so.1",
     "/usr/lib/faketime/libfaketimeMT.so.1",
@@ -50,13 +60,18 @@ def libfaketime() -> Path:
 class WrongClock:
     """A clock that is told by a file what to be wrong by, so that it can jump while a process runs."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, seen_after_s: int = 0) -> None:
+        """`seen_after_s`: a process looks at the file that often only; 0: whenever it looks at the clock.
+
+        A server looks at the clock so often that one that looked at the file as well took minutes to start.
+        """
         self._file = file
         self._library = libfaketime()
+        self._looks = {"FAKETIME_CACHE_DURATION": str(seen_after_s)} if seen_after_s else {"FAKETIME_NO_CACHE": "1"}
         self.set(0)
 
     def set(self, wrong_by_s: int) -> None:
-        """From now on; processes look at the file whenever they look at the clock."""
+        """From now on, or from when processes see it."""
         replacement = self._file.with_suffix(".new")
         replacement.write_text(f"{wrong_by_s:+d}\n")
         replacement.replace(self._file)
@@ -67,11 +82,73 @@ class WrongClock:
         return {
             "LD_PRELOAD": str(self._library),
             "FAKETIME_TIMESTAMP_FILE": str(self._file),
-            "FAKETIME_NO_CACHE": "1",
+            **self._looks,
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             "DONT_FAKE_MONOTONIC": "1",  # its name before version 0.9.8
             "NO_FAKE_STAT": "1",
         }
+
+
+@contextlib.contextmanager
+def inherited(environment: Mapping[str, str]) -> Iterator[None]:
+    """Give `environment` to whatever is started in this block: servers take theirs from this process."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+async def wrong_clock_of_cassandra(work: Path, *, name: str, commits: int = 20) -> dict[str, Any]:
+    """Two processes with right clocks; the server's own is the one called `name` in CLOCKS. It is killed once, too."""
+    bank = Bank("server")
+    clock = WrongClock(work / "clock", seen_after_s=1)
+    server = LocalCassandra(work / "cassandra", heap_mb=768)
+    offsets = list(CLOCKS[name])
+    with inherited(clock.environment):
+        await server.start()
+    try:
+        storages, url = cassandra_at(server), url_of(server)
+        async with two_clients(storages, url, bank) as clients:
+            seen = []
+            for life in range(2):
+                for offset in offsets:
+                    clock.set(offset)
+                    seen.append(await _clock_error_s(server, offset))
+                    await more_commits(clients, max(commits // len(offsets), 3))
+                if life == 0:
+                    server.kill()
+                    await server.wait()
+                    with inherited(clock.environment):
+                        await server.start()
+            for one in clients:
+                await one.end()
+        report = await judged(storages, bank, clients)
+    finally:
+        server.kill()
+        await server.stop()
+    return _told(report, name, [seen[: len(offsets)], seen[len(offsets) :]])
+
+
+async def _clock_error_s(server: LocalCassandra, expected: int) -> int:
+    """By how much the server's clock differs from ours, as soon as it is what is expected; else after half a minute."""
+    return await asyncio.to_thread(_asked_for_the_time, server.contact_point, server.port, expected)
+
+
+def _asked_for_the_time(host: str, port: int, expected: int) -> int:
+    deadline_s = time.monotonic() + 30
+    with Cluster([host], port) as cluster, cluster.connect() as session:
+        while True:
+            [(told,)] = session.execute("SELECT current_timestamp() FROM system.local")
+            wrong_by_s = round(float(told.replace(tzinfo=UTC).timestamp()) - time.time())
+            if abs(wrong_by_s - expected) <= _NEAR_S or time.monotonic() > deadline_s:
+                return wrong_by_s
+            time.sleep(0.2)
 
 
 async def wrong_clock(
@@ -112,6 +189,14 @@ async def wrong_clock(
                     await wrong.end()
         await right.end()
     report = await judged(storages, bank, said)
-    report["clock"] = name
-    report["clock was wrong by (s)"] = [one.clock_errors_s for one in said[1:]]
-    return report
+    return _told(report, name, [one.clock_errors_s for one in said[1:]])
+
+
+def _told(report: dict[str, Any], name: str, seen: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """`report` with what the clock was wrong by in each life, which is wrong itself if it is not what CLOCKS says."""
+    for life in seen:
+        if len(life) != len(CLOCKS[name]) or any(
+            abs(a - b) > _NEAR_S for a, b in zip(life, CLOCKS[name], strict=False)
+        ):
+            report["wrong"].append(f"the clock was wrong by {list(life)} s instead of {list(CLOCKS[name])} s")
+    return {**report, "clock": name, "clock was wrong by (s)": [list(life) for life in seen]}

@@ -1,4 +1,4 @@
-"""`python -m scripts.proof disks`: every scene on SQLite and Cassandra; the report.
+"""`python -m scripts.proof disks`: every scene on every storage, on SQLite several rounds of most; the report.
 
 A scene holds if nothing is wrong and it was not played in vain: syncs did fail, transfers were refused, the server did
 end. What this machine does not allow (no root, no strace, no libfaketime) keeps the proof from holding, and is named.
@@ -15,7 +15,7 @@ from typing import Any
 
 from infra.storage.errors import InvalidOperationError
 from infra.storage.sqlite import SqliteStorage
-from scripts.proof.disks import clocks, on_cassandra, on_sqlite
+from scripts.proof.disks import clocks, on_cassandra, on_kafka, on_sqlite
 from scripts.proof.disks.injury import ToolMissingError
 
 Scene = Callable[[Path], Awaitable[dict[str, Any]]]
@@ -64,6 +64,15 @@ def _scenes(rounds: int) -> dict[str, Scene]:
         "cassandra: disk slower than any deadline": partial(
             _on_cassandra, partial(on_cassandra.slow_disk, delay_ms=5_000)
         ),
+        **{f"cassandra: clock {name}": partial(_clock_on_cassandra, name) for name in clocks.CLOCKS},
+        **{
+            f"cassandra: clock of the server {name}": partial(clocks.wrong_clock_of_cassandra, name=name)
+            for name in clocks.CLOCKS
+        },
+        "kafka: disk full": partial(_on_kafka, lambda below, work: on_kafka.disk_full(below)),
+        "kafka: sync error": partial(_on_kafka, on_kafka.sync_error),
+        "kafka: slow disk": partial(_on_kafka, partial(on_kafka.slow_disk, delay_ms=200, messages=40)),
+        "kafka: disk slower than any deadline": partial(_on_kafka, partial(on_kafka.slow_disk, delay_ms=8_000)),
     }
 
 
@@ -82,3 +91,16 @@ async def _on_cassandra(scene: Callable[..., Awaitable[dict[str, Any]]], work: P
 async def _disk_full_on_cassandra(what: str, work: Path) -> dict[str, Any]:
     async with on_cassandra.running(work) as below:
         return await on_cassandra.disk_full(below, what=what)
+
+
+async def _clock_on_cassandra(name: str, work: Path) -> dict[str, Any]:
+    async with on_cassandra.running(work) as below:
+        server = below.server
+        return await clocks.wrong_clock(
+            on_cassandra.cassandra_at(server), on_cassandra.url_of(server), work, name=name, commits=40
+        )
+
+
+async def _on_kafka(scene: Callable[..., Awaitable[dict[str, Any]]], work: Path) -> dict[str, Any]:
+    async with on_kafka.running(work) as below:
+        return await scene(below, work)

@@ -132,6 +132,11 @@ class Trace:
         """How often each call was made to fail or to wait."""
         return Counter(call.name for call in self.calls() if call.injected)
 
+    def struck(self) -> list[str]:
+        """The names of the files, with their directories', whose calls were; of the first few."""
+        paths = dict.fromkeys("/".join(Path(call.path).parts[-2:]) for call in self.calls() if call.injected)
+        return [path for path in paths if path][:3]
+
     async def more_injected(self, count: int, *, within_s: float = 60.0) -> None:
         """Wait until `count` more calls were made to fail or to wait; AssertionError after `within_s`."""
         goal = self.injected().total() + count

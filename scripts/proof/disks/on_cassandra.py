@@ -82,18 +82,18 @@ async def disk_full(below: Below, *, what: str, start_while_full: bool = True) -
         disk.fill()
         ended = await _end_of(server)
         await more(clients, 3, "transfers given up", _given_up)
-        at_once = await _start(server) if start_while_full else None
+        at_once = await _start(server) if start_while_full else "not tried"
         disk.make_room()
         await server.start()
         await more_commits(clients, 10)
         for one in clients:
             await one.end()
-    return {
-        "full": what,
-        "server ended with": ended,
-        "a start on the full disk": at_once,
-        **await judged(cassandra_at(server), bank, clients),
-    }
+    report = await judged(cassandra_at(server), bank, clients)
+    if ended not in (EXIT_CODE, CRASHED):
+        report["wrong"].append(f"the server ended with {ended}, not with {EXIT_CODE} or {CRASHED}")
+    if start_while_full and not at_once.startswith("DirectoryError"):
+        report["wrong"].append(f"a start on the full disk: {at_once}")
+    return {"full": what, "server ended with": ended, "a start on the full disk": at_once, **report}
 
 
 async def sync_error(below: Below, work: Path, *, tamper: str = "error=EIO") -> dict[str, Any]:
@@ -109,7 +109,7 @@ async def sync_error(below: Below, work: Path, *, tamper: str = "error=EIO") -> 
             await together(one.mark("fails") for one in clients)
             begun = [set(one.ledger.begun) for one in clients]
             ended = await _end_of(server)
-            injected = trace.injected()
+            injected, struck = trace.injected(), trace.struck()
         await together(one.mark("ended") for one in clients)
         false = [id for one, before in zip(clients, begun, strict=True) for id in one.ledger.committed - before]
         server.kill()
@@ -121,7 +121,17 @@ async def sync_error(below: Below, work: Path, *, tamper: str = "error=EIO") -> 
     report = await judged(cassandra_at(server), bank, clients)
     if false and tamper == "error=EIO":
         report["wrong"].append(f"{len(false)} transfers were acknowledged while no sync succeeded")
-    return {"server ended with": ended, "syncs it uses": dict(used), "syncs that failed": dict(injected), **report}
+    if ended != EXIT_CODE:
+        report["wrong"].append(f"the server ended with {ended}, not with {EXIT_CODE}")
+    if not injected:
+        report["wrong"].append("no sync was made to fail")
+    return {
+        "server ended with": ended,
+        "syncs it uses": dict(used),
+        "syncs that failed": dict(injected),
+        "of": struck,
+        **report,
+    }
 
 
 async def slow_disk(below: Below, work: Path, *, delay_ms: int, commits: int = 3) -> dict[str, Any]:
@@ -130,18 +140,22 @@ async def slow_disk(below: Below, work: Path, *, delay_ms: int, commits: int = 3
     async with two_clients(cassandra_at(server), url_of(server), bank) as clients:
         await more_commits(clients, 10)
         assert server.pid is not None
+        reads = [one.reads for one in clients]
         async with traced(server.pid, work / "strace.log", tamper=f"delay_enter={delay_ms * 1000}") as trace:
             if delay_ms < 1000 * REQUEST_TIMEOUT_S / 4:
                 await more_commits(clients, commits)
             else:
                 await more(clients, 3, "transfers given up", _given_up)
+            await trace.more_injected(0 if trace.injected() else 1)  # it is known of one when it is over
             delayed = trace.injected()
+            reads = [one.reads - before for one, before in zip(clients, reads, strict=True)]
         await more_commits(clients, 10)
         for one in clients:
             await one.end()
     return {
         "delay_ms": delay_ms,
         "syncs that lasted": dict(delayed),
+        "reads meanwhile": reads,
         **await judged(cassandra_at(server), bank, clients),
     }
 

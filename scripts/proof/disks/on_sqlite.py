@@ -98,7 +98,10 @@ async def slow_disk(work: Path, *, one_file: bool = True, delay_ms: int = 200, c
         await more_commits(clients, 10)
         for one in clients:
             await one.end()
-    return {**await judged(storages, bank, clients), "syncs that lasted": dict(delayed)}
+    report = await judged(storages, bank, clients)
+    if not delayed:
+        report["wrong"].append("no sync was made to last")
+    return {**report, "syncs that lasted": dict(delayed)}
 
 
 async def _newcomer(directory: Path, bank: Bank) -> str:
