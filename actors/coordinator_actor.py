@@ -31,6 +31,7 @@ from actors.messages import (
     Validate,
     Verdict,
 )
+from actors.pruning import prune_forever
 from actors.runtime import Mailroom, Placement, actor_name
 from actors.timing import Timing
 from actors.work import trouble_of
@@ -46,8 +47,6 @@ from infra.tracing import ABORT, COMMIT, COMMIT_RECORDS, COMMIT_STATE, OFF, PREP
 from schemas.partitioning import shard_of
 
 log = structlog.get_logger()
-
-PRUNE_INTERVAL_S = 3_600.0
 
 SWEPT_AT_ONCE = 64
 
@@ -104,7 +103,7 @@ class CoordinatorActor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
         self._room = asyncio.Semaphore(max_at_work)
-        self._sweeper: asyncio.Future[None] | None = None
+        self._housekeeping: list[asyncio.Task[None]] = []
         self._turns = Turns()
 
     async def start(self) -> None:
@@ -114,12 +113,14 @@ class CoordinatorActor:
         await self._incarnations.create_tables()
         self._predecessors = frozenset(await self._incarnations.of(self.name))
         self.incarnation = await self._incarnations.register(self.name)
-        self._sweeper = asyncio.ensure_future(self._sweep_forever())
+        self._housekeeping = [asyncio.ensure_future(self._sweep_forever())]
+        if self.name == actor_name("coordinator", 0):  # One is enough: each would read the whole table.
+            self._housekeeping.append(asyncio.ensure_future(prune_forever(self.name, self.prune, self._clock)))
 
     async def stop(self) -> None:
         """Let running commits bring their records to rest, then end."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        for task in self._housekeeping:
+            task.cancel()
         if self._tasks:
             await asyncio.wait(list(self._tasks), timeout=5)
 
@@ -330,13 +331,9 @@ class CoordinatorActor:
     # ---- settling what was left ------------------------------------------------------------------------------
 
     async def _sweep_forever(self) -> None:
-        pruned_s = self._clock.monotonic_s()
         while True:
             try:
                 await self.sweep()
-                if self._clock.monotonic_s() - pruned_s > PRUNE_INTERVAL_S:
-                    pruned_s = self._clock.monotonic_s()
-                    await self.prune()
             except StorageError as error:
                 log.warning("the sweep waits for storage", error=str(error))
             except Exception:

@@ -34,6 +34,7 @@ from actors.messages import (
 from actors.outcomes import outcomes_of, prune_outcomes
 from actors.participation import Participation
 from actors.pausing import PauseRenewal, PauseRequest
+from actors.pruning import prune_forever
 from actors.runtime import Mailroom, Placement, actor_name
 from actors.timing import Timing
 from infra.clock import Clock
@@ -50,8 +51,6 @@ from schemas.outcome import Answer
 log = structlog.get_logger()
 
 T = TypeVar("T")
-
-PRUNE_INTERVAL_S = 3_600.0
 
 
 class DomainActor:
@@ -154,7 +153,7 @@ class DomainActor:
         )
         self._tasks = [
             asyncio.ensure_future(self._every(self._timing.tidy_interval_s, self.tidy)),
-            asyncio.ensure_future(self._every(PRUNE_INTERVAL_S, self.prune)),
+            asyncio.ensure_future(prune_forever(self.name, self.prune, self._clock)),
         ]
 
     async def stop(self) -> None:

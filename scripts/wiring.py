@@ -6,7 +6,7 @@ The supervisor, the workers and the command line build what they need here, so t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actors.domain import Domain, Table, carry_stored_columns
@@ -23,6 +23,7 @@ from infra.consensus_commit.intents import IntentLog
 from infra.consensus_commit.metadata import transactional
 from infra.consensus_commit.retry import RetryPolicy
 from infra.messaging.topics import TopicSpec
+from infra.storage.errors import InvalidOperationError
 from infra.storage.operations import TableSchema
 from infra.storage.port import Storage
 from schemas.registry import DOMAINS
@@ -110,6 +111,15 @@ TABLES_AT_ONCE = 4
 """How many tables are created side by side: each is some round trips and, in Cassandra, a change of the schema."""
 
 
+KEYS_CHANGED: Mapping[str, str] = {
+    "inventory.expiries": (
+        "An earlier release made it. With that release, let reservations without an order expire or end until"
+        " `concord table dump inventory.expiries` shows none, and stop it; then drop the table, and start this one"
+    ),
+}
+"""Of tables whose key was once another one: the remedy."""
+
+
 async def create_tables(settings: Settings, storage: Storage) -> None:
     """Create the tables that are missing; one with columns of a later release is right too. Raises a StorageError."""
     carry_stored_columns(domain_tables(settings), await storage.tables())
@@ -117,7 +127,12 @@ async def create_tables(settings: Settings, storage: Storage) -> None:
 
     async def create(table: TableSchema) -> None:
         async with permits:
-            await storage.create_table(table)
+            try:
+                await storage.create_table(table)
+            except InvalidOperationError as error:
+                if table.full_name not in KEYS_CHANGED or "partition key" not in str(error):
+                    raise
+                raise InvalidOperationError(f"{error}. {KEYS_CHANGED[table.full_name]}") from error
 
     await asyncio.gather(*map(create, stored_tables(settings, storage)))
 
