@@ -14,8 +14,12 @@ Theory of operation
     reads at SERIAL would; the engine re-reads what matters by its key. Pages are read one after the other, so a
     long read is no snapshot.
 
-    Nothing is retried. A write that failed raises UnknownOutcomeError unless it is certain that nothing was or will
-    be written (`cassandra_errors`); the caller reads the row at SERIAL, or writes it again under the same condition.
+    A read that a replica gives up, since it passes over too much that was deleted (100,000 of it a request), is made
+    again of less: of smaller pages first, and where it is of all partitions, of a smaller part of the ring. What was
+    deleted in a row in one partition remains: tables are made so that no partition gathers so much (decision 34).
+
+    Nothing else is retried. A write that failed raises UnknownOutcomeError unless it is certain that nothing was or
+    will be written (`cassandra_errors`); the caller reads the row at SERIAL, or writes it again under its condition.
 
     **Unconditional writes are plain writes at QUORUM, outside Paxos. Rows that are also written conditionally must
     never be written without a condition**: the two are ordered by clocks, not by each other. Transactional records and
@@ -45,7 +49,7 @@ CassandraAdmin). It takes every keyspace that is not Cassandra's own for a names
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
@@ -58,9 +62,15 @@ from infra.storage import cassandra_statements as cql
 from infra.storage.cassandra_session import CassandraSession, Page, Rows, SessionSettings
 from infra.storage.cassandra_statements import Statement, TableStatements, simplified, wants_pin
 from infra.storage.conditions import all_hold
-from infra.storage.errors import InvalidOperationError, NoMutationError, UnavailableStorageError
+from infra.storage.errors import (
+    InvalidOperationError,
+    NoMutationError,
+    TooMuchToReadError,
+    UnavailableStorageError,
+)
 from infra.storage.operations import (
     Atomicity,
+    Bound,
     ColumnCondition,
     CrossPartition,
     DataType,
@@ -92,6 +102,11 @@ CELLS_OF_A_PAGE = 50_000
 """What bounds the rows of a request in wide tables. A NULL that was written counts as a deletion for days, every record
 that was ever committed has one for each column of its before-image, and the server refuses to pass 100,000 a request.
 """
+
+SMALLER = 8
+"""A read that was too much is made again of so much less: of a smaller page, then of a smaller part of the ring."""
+FIRST_TOKEN, LAST_TOKEN = -(2**63), 2**63 - 1
+"""Murmur3Partitioner's; the first is nobody's."""
 
 ReplicationStrategy = Literal["SimpleStrategy", "NetworkTopologyStrategy"]
 
@@ -241,13 +256,14 @@ class CassandraStorage:
     async def pages(self, selection: CrossPartition, page_size: int = 256) -> AsyncIterator[list[Row]]:
         held = self._tables.get(selection.table) or await self._learn(selection.table)
         held.rules.check_cross_partition(selection)
-        if isinstance(selection, IndexScan):
-            statement = held.statements.by_index(selection.column, selection.value)
-        else:
-            statement = held.statements.all_rows()
         left = selection.limit
         what = f"a scan of all of {selection.table.full_name}"
-        async for values in self._pages(held, statement, what, ConsistencyLevel.QUORUM, page_size):
+        if isinstance(selection, IndexScan):
+            statement = held.statements.by_index(selection.column, selection.value)
+            pages = self._pages(held, statement, what, ConsistencyLevel.QUORUM, page_size)
+        else:
+            pages = self._ring(held, held.statements.ring_rows, what, page_size)
+        async for values in pages:
             rows = [row for row in map(held.statements.row, values) if all_hold(selection.where, row)]
             if selection.limit:
                 rows = rows[:left]
@@ -261,8 +277,7 @@ class CassandraStorage:
         held = self._tables.get(table) or await self._learn(table)
         found: list[tuple[Value, ...]] = []
         what = f"the partitions of {table.full_name}"
-        statement = held.statements.all_partitions()
-        async for values in self._pages(held, statement, what, ConsistencyLevel.QUORUM, SCAN_PAGE_SIZE):
+        async for values in self._ring(held, held.statements.ring_partitions, what, SCAN_PAGE_SIZE):
             found += map(held.statements.partition, values)
         return found
 
@@ -324,15 +339,68 @@ class CassandraStorage:
         self, held: _Table, statement: Statement, what: str, consistency: int, page_size: int
     ) -> AsyncIterator[Rows]:
         page: bytes | None = None
+        size = page_size
         while True:
-            with self._looking_again(held):
-                answer = await self._session.read(
-                    statement, what, consistency=consistency, page_size=page_size, page=page
-                )
+            try:
+                with self._looking_again(held):
+                    answer = await self._session.read(
+                        statement, what, consistency=consistency, page_size=size, page=page
+                    )
+            except TooMuchToReadError:
+                if size == 1:
+                    raise
+                size = max(1, size // SMALLER)
+                continue
             yield answer.rows
+            size = min(page_size, size * 2)
             page = answer.next_page
             if page is None:
                 return
+
+    async def _ring(
+        self, held: _Table, statement: Callable[[int, int], Statement], what: str, page_size: int
+    ) -> AsyncIterator[Rows]:
+        """What `statement` selects of all partitions, in the order of their tokens."""
+        after, width = FIRST_TOKEN, LAST_TOKEN - FIRST_TOKEN
+        while after < LAST_TOKEN:
+            upto = min(LAST_TOKEN, after + width)
+            last: Sequence[Any] | None = None
+            try:
+                consistency = ConsistencyLevel.QUORUM
+                async for rows in self._pages(held, statement(after, upto), what, consistency, page_size):
+                    if rows:
+                        last = rows[-1]
+                        yield [values[:-1] for values in rows]
+            except TooMuchToReadError:
+                # Between the last row and the next one more was deleted than a read may pass over.
+                if last is not None:
+                    after = last[-1]
+                    async for rows in self._rest_of_partition(held, last[:-1], what, page_size):
+                        yield rows
+                elif width == 1:
+                    raise  # It is all in one partition.
+                width = max(1, min(width, LAST_TOKEN - after) // SMALLER)
+            else:
+                after, width = upto, width * 2
+
+    async def _rest_of_partition(
+        self, held: _Table, last: Sequence[Any], what: str, page_size: int
+    ) -> AsyncIterator[Rows]:
+        """What follows after a row in its partition; nothing after a partition key alone."""
+        table = held.schema
+        if not table.clustering_key or len(last) < len(table.columns):
+            return
+        row = held.statements.row(last)
+        place = tuple(row[name] for name in table.partition_key)
+        after = Bound(tuple(row[name] for name in table.clustering_key), inclusive=False)
+        descends = {name in table.descending for name in table.clustering_key}
+        if len(descends) > 1:
+            raise UnavailableStorageError(f"{what}: of a partition too much was deleted to go on", remedy="wait")
+        scan = Scan(table, place, end=after) if descends == {True} else Scan(table, place, start=after)
+        statement = held.statements.scan(scan)
+        assert statement is not None
+        async for rows in self._pages(held, statement, what, ConsistencyLevel.QUORUM, page_size):
+            yield rows
 
     @contextmanager
     def _looking_again(self, held: _Table) -> Iterator[None]:

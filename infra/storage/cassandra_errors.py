@@ -24,6 +24,7 @@ from cassandra import (
     ConsistencyLevel,
     InvalidRequest,
     OperationTimedOut,
+    ReadFailure,
     Unauthorized,
     Unavailable,
 )
@@ -41,6 +42,7 @@ from cassandra.protocol import (
 from infra.storage.errors import (
     InvalidOperationError,
     StorageError,
+    TooMuchToReadError,
     UnavailableStorageError,
     UnknownOutcomeError,
     UnusableStorageError,
@@ -58,6 +60,10 @@ _REMEDY_UNTRUSTED = (
     " signed its own, and that its certificate has the address that is called"
 )
 _REMEDY_REPLICAS = "bring the nodes that are down back: a quorum of every partition's replicas must be up"
+_REMEDY_DELETIONS = (
+    "see in the server's log why a replica gave up: after too many deletions it passes once they are older than the"
+    " table's gc_grace_seconds and `nodetool garbagecollect` or a compaction has removed them"
+)
 _REMEDY_SLOW = "wait for the server to recover, and see its log if it does not"
 
 
@@ -82,6 +88,8 @@ def read_error(error: Exception, what: str) -> StorageError:
     """Why `what`, a read or anything else that may simply be asked again, failed."""
     if isinstance(error, _REFUSED):
         return InvalidOperationError(f"{what}: Cassandra refuses it: {_said(error)}")
+    if isinstance(error, ReadFailure):
+        return TooMuchToReadError(f"{what}: {_said(error)}", remedy=_REMEDY_DELETIONS)
     return UnavailableStorageError(f"{what}: {_said(error)}", remedy=_remedy(error))
 
 

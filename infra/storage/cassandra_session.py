@@ -286,6 +286,7 @@ class CassandraSession:
     async def _open(self) -> Session:
         cluster, session = await self._in_thread(self._connect, connections_of(asyncio.get_running_loop()))
         try:
+            self._check_partitioner(cluster)
             await self._check_nodes(session)
         except BaseException:
             await self._in_thread(cluster.shutdown)
@@ -339,6 +340,15 @@ class CassandraSession:
             raise UnusableStorageError(
                 f"{self._settings.where} has no data centre {local_dc!r}",
                 remedy=f"set local_dc to one of {', '.join(sorted(centres))}",
+            )
+
+    def _check_partitioner(self, cluster: Cluster) -> None:
+        """Reads of all partitions go by tokens, and of another partitioner's they would miss some."""
+        partitioner = cluster.metadata.partitioner
+        if partitioner is not None and not str(partitioner).endswith("Murmur3Partitioner"):
+            raise UnusableStorageError(
+                f"{self._settings.where} has the partitioner {str(partitioner).rpartition('.')[2]}",
+                remedy="use a cluster with Murmur3Partitioner, Cassandra's default",
             )
 
     async def _check_nodes(self, session: Session) -> None:

@@ -139,11 +139,13 @@ class TableStatements:
         self._scans: dict[object, str] = {}
         self._get = f"SELECT {self._selected} FROM {self._name} WHERE {self._key}"
         self._all = f"SELECT {self._selected} FROM {self._name}"
+        self._token = f"token({listed(table.partition_key)})"
+        self._in_range = f"WHERE {self._token} > ? AND {self._token} <= ?"
 
     # -- rows
 
     def row(self, values: Sequence[Any]) -> Row:
-        """The columns of `get`, `scan`, `all_rows` and `by_index` as the port's row."""
+        """The columns of `get`, `scan`, `ring_rows` (all but the last) and `by_index` as the port's row."""
         row: Row = dict(zip(self._columns, values, strict=True))
         for column, decoded in self._decoders:
             value = row[column]
@@ -152,7 +154,7 @@ class TableStatements:
         return row
 
     def partition(self, values: Sequence[Any]) -> tuple[Value, ...]:
-        """The columns of `all_partitions` as a partition key."""
+        """The columns of `ring_partitions`, all but the last, as a partition key."""
         types = self.table.columns
         return tuple(
             _DECODERS[types[column]](value) if types[column] in _DECODERS else cast(Value, value)
@@ -181,14 +183,17 @@ class TableStatements:
         limit: Parameters = (scan.limit,) if limited else ()
         return Statement(cql, _encoded_all(scan.partition + start + end) + limit)
 
-    def all_rows(self) -> Statement:
-        return Statement(self._all, ())
+    def ring_rows(self, after: int, upto: int) -> Statement:
+        """All rows whose token is in that range, each with its token as the last column."""
+        return Statement(f"SELECT {self._selected}, {self._token} FROM {self._name} {self._in_range}", (after, upto))
+
+    def ring_partitions(self, after: int, upto: int) -> Statement:
+        """All partition keys whose token is in that range, each with its token as the last column."""
+        distinct = f"DISTINCT {listed(self.table.partition_key)}"
+        return Statement(f"SELECT {distinct}, {self._token} FROM {self._name} {self._in_range}", (after, upto))
 
     def by_index(self, column: str, value: Value) -> Statement:
         return Statement(f"{self._all} WHERE {quoted(column)} = ?", (_encoded(value),))
-
-    def all_partitions(self) -> Statement:
-        return Statement(f"SELECT DISTINCT {listed(self.table.partition_key)} FROM {self._name}", ())
 
     # -- writes
 
