@@ -121,7 +121,8 @@ class DueRows:
         passed = range(progress.walk, max(progress.walk, min(soon, progress.walk + WALKED_AT_ONCE)))
         recent = range(soon, period + 1)
         again = progress.again - progress.pending
-        ordered = [*sorted(progress.pending), *passed, *recent, *sorted(again, reverse=True)]
+        # Of a clock that was set back, what is pending may be in the present.
+        ordered = list(dict.fromkeys((*sorted(progress.pending), *passed, *recent, *sorted(again, reverse=True))))
         records: list[R] = []
         for first in range(0, len(ordered), READ_AT_ONCE):
             periods = ordered[first : first + READ_AT_ONCE]

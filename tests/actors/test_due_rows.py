@@ -259,6 +259,14 @@ async def test_a_clock_that_was_wrong_for_a_while_hides_no_timer_for_good(shelf:
         assert waited <= 4
 
 
+async def test_a_timer_is_found_once_in_a_look_though_a_clock_was_set_back(shelf: Shelf) -> None:
+    await shelf.add("o1", in_ms=1)
+    shelf.clock.advance(2 * MINUTE_MS)
+    assert await shelf.due() == ["o1"]
+    shelf.clock.advance(1 - 2 * MINUTE_MS)
+    assert await shelf.due() == ["o1"]
+
+
 async def test_a_storage_that_takes_no_writes_keeps_nothing_from_being_found(shelf: Shelf) -> None:
     await shelf.add("o1", in_ms=1)
     shelf.clock.advance(1)

@@ -51,6 +51,7 @@ PRUNED_BY: Mapping[str, str] = {
     },
     "coordinator.state": "every hour, of those older than the outcomes' window that nobody can need again",
     "coordinator.incarnations": "one row a start of an actor; not pruned",
+    "coordinator.timers": "one row a bucket, overwritten; does not grow after the first look",
     "payment.payments": "the business's own record of every movement; kept",
     "orders.orders": "the business's own record of every order; kept",
     "orders.returns": "the business's own record of every return; kept",
