@@ -122,7 +122,7 @@ async def test_a_prepared_owner_is_waited_for_however_young_it_is() -> None:
     old, young = Owner((1, "old")), Owner((2, "young"), prepared=True)
     await ownership.acquire("a", young)
     waiting = asyncio.ensure_future(ownership.acquire("a", old))
-    await asyncio.sleep(20 * IMPATIENT_S)
+    await asyncio.sleep(20 * IMPATIENT_S)  # far longer than it would give one that is not prepared
 
     assert not waiting.done()
     assert not young.wounded

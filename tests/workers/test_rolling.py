@@ -79,7 +79,7 @@ async def test_workers_come_and_go_as_they_are_asked_for(world: World) -> None:
         fewer = await ask(world.directory, {"do": "workers", "count": 1})
         assert fewer[:3] == [{"worker": f"worker-{n}", "step": "left", "exit_code": 7} for n in (1, 2, 3)]
         assert await workers_of(world) == {"worker-0": "ready"}
-        await asyncio.sleep(1)
+        await asyncio.sleep(1)  # longer than the pause before a worker is started again: nothing may happen
         assert len(marked_children()) == 3, "a worker that left was started again"
 
         assert (await ask(world.directory, {"do": "workers", "count": 2}))[-1] == {"workers": ["worker-0", "worker-1"]}

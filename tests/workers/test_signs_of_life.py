@@ -37,9 +37,9 @@ async def test_a_call_is_waited_for_as_long_as_its_actor_gives_signs_of_life() -
     runtime.lives.set()
     asking = asyncio.ensure_future(runtime.ask("orders-0", "execute", [1]))
 
-    await asyncio.sleep(0.5)
+    while runtime.called["health"] < 3:  # noqa: ASYNC110 - the runtime itself counts
+        await asyncio.sleep(0.01)
     assert not asking.done()
-    assert runtime.called["health"] >= 2
     runtime.done.set()
 
     assert await asking == [1]
@@ -62,7 +62,7 @@ async def test_an_actor_that_wakes_is_asked_anew() -> None:
         await runtime.ask("orders-0", "execute", [1])
     runtime.lives.set()
     asking = asyncio.ensure_future(runtime.ask("orders-0", "execute", [1]))
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.3)  # several times as long as one may be silent: nothing may happen
 
     assert not asking.done()
     runtime.done.set()

@@ -250,7 +250,7 @@ async def test_while_cassandra_stands_still_the_lag_grows_and_no_process_does(st
         assert await lag_of(system, "payment.commands") >= len(filling)
         full = {role: private_bytes(pid) for role, pid in processes.items()}
         await system.publish_all(*more)
-        await asyncio.sleep(5)
+        await asyncio.sleep(5)  # time for all of it to come in, which must not happen
         later = {role: private_bytes(pid) for role, pid in processes.items()}
         assert await lag_of(system, "payment.commands") >= len(many)
         assert await unserved(system) > refused_before, "no call of the storage met its deadline"
