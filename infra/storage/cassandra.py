@@ -127,6 +127,11 @@ class _Table:
         """Rows that one request of a scan may bring."""
         return max(1, min(SCAN_PAGE_SIZE, CELLS_OF_A_PAGE // len(self.schema.columns)))
 
+    @property
+    def goes_one_way(self) -> bool:
+        """Whether a bound by value can say "after this row": not where some columns ascend and some descend."""
+        return self.schema.descending in (frozenset(), frozenset(self.schema.clustering_key))
+
 
 class CassandraStorage:
     """The storage port on a Cassandra cluster (4.0 or newer). Connects at the first call; one event loop at a time.
@@ -373,12 +378,12 @@ class CassandraStorage:
                         yield [values[:-1] for values in rows]
             except TooMuchToReadError:
                 # Between the last row and the next one more was deleted than a read may pass over.
+                if not (held.goes_one_way if last is not None else width > 1):
+                    raise
                 if last is not None:
                     after = last[-1]
                     async for rows in self._rest_of_partition(held, last[:-1], what, page_size):
                         yield rows
-                elif width == 1:
-                    raise  # It is all in one partition.
                 width = max(1, min(width, LAST_TOKEN - after) // SMALLER)
             else:
                 after, width = upto, width * 2
@@ -393,10 +398,7 @@ class CassandraStorage:
         row = held.statements.row(last)
         place = tuple(row[name] for name in table.partition_key)
         after = Bound(tuple(row[name] for name in table.clustering_key), inclusive=False)
-        descends = {name in table.descending for name in table.clustering_key}
-        if len(descends) > 1:
-            raise UnavailableStorageError(f"{what}: of a partition too much was deleted to go on", remedy="wait")
-        scan = Scan(table, place, end=after) if descends == {True} else Scan(table, place, start=after)
+        scan = Scan(table, place, end=after) if table.descending else Scan(table, place, start=after)
         statement = held.statements.scan(scan)
         assert statement is not None
         async for rows in self._pages(held, statement, what, ConsistencyLevel.QUORUM, page_size):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,18 +34,24 @@ class Server:
 
     cells: list[tuple[int, int, bool]]
     requests: int = 0
+    descends: bool = False
 
     async def read(
         self, statement: Statement, what: str, *, consistency: int, page_size: int, page: bytes | None = None
     ) -> Page:
         self.requests += 1
-        cells = sorted((token(place), place, id, lives) for place, id, lives in self.cells)
+        sign = -1 if self.descends else 1
+        cells = sorted(
+            ((token(place), place, id, lives) for place, id, lives in self.cells),
+            key=lambda cell: (cell[0], sign * cell[2]),
+        )
         if "token(" in statement.cql:
             after, upto = statement.parameters
             cells = [cell for cell in cells if after < cell[0] <= upto]
         else:
             place, id = statement.parameters
-            cells = [cell for cell in cells if cell[1] == place and cell[2] > id]
+            cells = [cell for cell in cells if cell[1] == place and sign * cell[2] > sign * id]
+            assert (") < (?)" if self.descends else ") > (?)") in statement.cql
         distinct = "DISTINCT" in statement.cql
         first = int(page or b"0")
         rows: list[Any] = []
@@ -120,6 +126,15 @@ async def test_after_the_last_row_of_a_partition_the_next_one_follows() -> None:
     cells = [(0, 0, True), (0, 1, True), *((0, id, False) for id in range(2, 15)), (0, 15, True)]
     server = Server([*cells, *((place, id, False) for place in range(1, 40) for id in range(10)), (41, 0, True)])
     assert sorted(await all_rows(server)) == living(server)
+
+
+async def test_rows_that_descend_are_gone_on_with_too() -> None:
+    down = replace(TABLE, descending=frozenset({"id"}))
+    cells = [(0, 99, True), *((0, 98 - id, False) for id in range(15)), (0, 1, True)]
+    server = Server([*cells, *((place, id, False) for place in range(1, 40) for id in range(10))], descends=True)
+    storage = storage_on(server, down)
+    found = [(row["place"], row["id"]) async for page in storage.pages(ScanAll(down)) for row in page]
+    assert found == [(0, 99), (0, 1)]
 
 
 async def test_the_whole_ring_is_read() -> None:
