@@ -93,7 +93,7 @@ def living(server: Server) -> list[tuple[int, int]]:
 PARTITIONS = st.lists(st.lists(st.booleans(), max_size=REFUSED_AT + 5), max_size=30)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(partitions=PARTITIONS, page_size=st.sampled_from([1, 3, 8, 1000]))
 def test_every_row_comes_once_unless_one_partition_is_too_much(partitions: list[list[bool]], page_size: int) -> None:
     server = Server([(place, id, lives) for place, each in enumerate(partitions) for id, lives in enumerate(each)])
