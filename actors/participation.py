@@ -8,6 +8,10 @@ Messages may be lost, come late, or come twice. What was ended is remembered for
 open it again; a call that comes twice runs once; and calls that come before their predecessors wait for these only as
 long as the workspace lives.
 
+A transaction that is committed lets go of its keys before its records say so. Whoever reads them next is at this actor
+and finds the commit known (`RecoveryHandler`), so it need not wait; and so the records may wait for company, which is
+one statement for many (`PartitionGate`). Until they are at rest the coordinator keeps the intent.
+
 Never writes a state row, except to put ABORTED for a transaction whose coordinator fell silent (rule 6).
 """
 
@@ -77,6 +81,8 @@ class Workspace:
     running: int = 0
     closed: bool = False
     may_have_written: bool = False
+    at_rest: bool = False
+    """Whether every record was seen committed."""
     next_turn: list[asyncio.Future[None]] = field(default_factory=list)
     deferred: dict[int, asyncio.Task[InvocationReply]] = field(default_factory=dict)
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -137,6 +143,8 @@ class Participation:
         self._clock = clock
         self._timing = timing
         self._workspaces: dict[str, Workspace] = {}
+        self._coming_to_rest: set[asyncio.Task[None]] = set()
+        """Transactions that are committed and closed here, and whose records do not all say so yet."""
         self._ended: dict[str, None] = {}
         self._home_incarnations: dict[str, str] = {}
         self.draining = False
@@ -145,7 +153,8 @@ class Participation:
 
     @property
     def open_workspaces(self) -> int:
-        return len(self._workspaces)
+        """Transactions that this actor has in hand, those included whose records are just coming to rest."""
+        return len(self._workspaces) + len(self._coming_to_rest)
 
     def open(self, tx_id: str, *, home: str, home_incarnation: str, age: Age) -> Workspace:
         """A workspace for a transaction that is new here."""
@@ -383,10 +392,20 @@ class Participation:
         async with workspace.phase:
             if workspace.closed:
                 return False
-            try:
-                return not workspace.may_have_written or await workspace.records.commit_records(request.committed_at_ms)
-            finally:
+            if not workspace.may_have_written:
                 self.close(workspace)
+                return True
+            self._states.note_committed(request.tx_id, request.committed_at_ms)
+            bringing_to_rest = asyncio.ensure_future(self._bring_to_rest(workspace, request.committed_at_ms))
+            self._recovery.settling(request.tx_id, bringing_to_rest)
+            self._coming_to_rest.add(bringing_to_rest)
+            bringing_to_rest.add_done_callback(self._coming_to_rest.discard)
+            self.close(workspace)
+        await bringing_to_rest
+        return workspace.at_rest
+
+    async def _bring_to_rest(self, workspace: Workspace, committed_at_ms: int) -> None:
+        workspace.at_rest = await workspace.records.commit_records(committed_at_ms, at_leisure=True)
 
     async def rollback(self, request: Rollback) -> bool:
         """The transaction is not committed: undo its records. False if that must be tried again by `settle`."""

@@ -7,12 +7,13 @@ are said, keys and values never.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 
 from infra.storage.errors import NoMutationError
 from infra.storage.forwarding import ForwardingStorage
 from infra.storage.operations import CrossPartition, Key, Mutation, Row, Scan, TableSchema, Value
-from infra.storage.port import Storage, peek
+from infra.storage.port import Storage, mutate_when_convenient, peek
 from infra.tracing import STORAGE, Span, Tracer
 
 NO_MUTATION = "no_mutation"
@@ -60,12 +61,20 @@ class TracedStorage(ForwardingStorage):
             return await self.storage.partitions(table)
 
     async def mutate(self, mutations: Sequence[Mutation]) -> None:
+        await self._mutate(self.storage.mutate, mutations)
+
+    async def mutate_when_convenient(self, mutations: Sequence[Mutation]) -> None:
+        await self._mutate(partial(mutate_when_convenient, self.storage), mutations)
+
+    async def _mutate(
+        self, write: Callable[[Sequence[Mutation]], Awaitable[None]], mutations: Sequence[Mutation]
+    ) -> None:
         if not self._tracer.active:
-            return await self.storage.mutate(mutations)
+            return await write(mutations)
         with self._span("mutate", *(mutation.table for mutation in mutations)) as span:
             span.note({"db.operation.batch.size": len(mutations)})
             try:
-                await self.storage.mutate(mutations)
+                await write(mutations)
             except NoMutationError:
                 span.fail(NO_MUTATION)
                 raise

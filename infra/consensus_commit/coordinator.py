@@ -153,6 +153,10 @@ class CoordinatorStates:
         """What this process saw decided about `tx_id` lately, without asking. A decision never changes."""
         return self._known.get(tx_id)
 
+    def note_committed(self, tx_id: str, committed_at_ms: int) -> None:
+        """Whoever committed `tx_id` has said so: its row need not be read."""
+        self._remember(StateRow(tx_id, TransactionState.COMMITTED, committed_at_ms))
+
     async def get_state(self, tx_id: str) -> StateRow | None:
         """What was decided about `tx_id`; None while undecided (or once pruned).
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from harness import System, in_background, scripted, until
-from weather import preparing
+from harness import System, in_background, order, scripted, until, wallet
+from weather import Matcher, preparing, writes_to
 
 from actors.domain import Refused
 from actors.messages import (
@@ -28,6 +28,7 @@ from actors.messages import (
     Verdict,
 )
 from infra.consensus_commit.intents import new_intended_id
+from infra.storage.operations import Put
 from infra.storage.port import Storage
 from schemas.message import Command
 from schemas.payment import TopUpWallet
@@ -258,3 +259,57 @@ async def test_the_share_names_what_was_written_and_how_many_calls_there_were(pa
     assert (share.actor, share.calls, share.has_writes) == ("payment-0", 2, True)
     assert {table for _, table, _ in share.partitions} == {"wallets", "payments"}
     await payment.ask("rollback", Rollback(invocation.tx_id))
+
+
+# ---- keys are free before records are at rest ----------------------------------------------------------------------
+
+
+def commits_of(table: str) -> Matcher:
+    """Mutations that bring records of a table to rest, which do not write what is in them."""
+    is_write = writes_to(table)
+    return lambda call: (
+        is_write(call)
+        and all(
+            m.columns["tx_state"] == 3 and "tx_version" not in m.columns for m in call.mutations if isinstance(m, Put)
+        )
+    )
+
+
+async def test_whoever_comes_next_reads_what_was_committed_though_no_record_says_so_yet(memory: Storage) -> None:
+    """Nor is the state table asked: the participant was told."""
+    async with System(memory) as system:
+        await system.open_shop()
+        held = system.storage.hold(commits_of("payment.wallets"))
+        assert (await system.send(order("o1"), "x1")).status == "committed"
+        await held.reached.wait()
+        assert [row["customer_id"] for row in await system.in_doubt() if "balance" in row] == ["c0"]
+        assert system.workspaces("payment-0") == 1, "it is not done with it: a restart has to wait"
+        calls = len(system.storage.calls)
+
+        answer = await system.send(top_up("c0"), "x2")
+
+        assert answer.status == "committed"
+        assert not [c for c in system.storage.calls[calls:] if c.method == "get" and "coordinator.state" in c.tables]
+        held.let_go()
+        await system.check_at_rest()
+        assert system.workspaces("payment-0") == 0
+
+
+async def test_records_of_several_transactions_in_one_partition_come_to_rest_together(memory: Storage) -> None:
+    async with System(memory, serializes_batches=False, sweep_interval_s=60) as system:
+        payment = Payment(system)
+        placement = system.config.placement
+        neighbours = [name for name in map("c{}".format, range(100)) if placement.bucket(name) == 0][:3]
+        await system.send_all((f"open-{name}", wallet(name)) for name in neighbours)
+        begun = [payment.begin(top_up(name, id=f"gift-{name}")) for name in neighbours]
+        for invocation in begun:
+            share = (await payment.invoke(invocation)).share
+            assert (await payment.prepare(share, invocation.tx_id)).trouble is None
+        calls = len(system.storage.calls)
+
+        done = await asyncio.gather(*(payment.ask("commit", CommitRecords(each.tx_id, 5)) for each in begun))
+
+        assert done == [True] * 3
+        written = [len(c.mutations) for c in system.storage.calls[calls:] if writes_to("payment.wallets")(c)]
+        assert written == [3]
+        assert await system.in_doubt() == []
