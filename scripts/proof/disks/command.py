@@ -13,7 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from infra.storage.errors import InvalidOperationError
+from infra.messaging.errors import MessagingError
+from infra.servers.errors import ServerError
+from infra.storage.errors import InvalidOperationError, StorageError
 from infra.storage.sqlite import SqliteStorage
 from scripts.proof.disks import clocks, on_cassandra, on_kafka, on_sqlite
 from scripts.proof.disks.injury import ToolMissingError
@@ -43,8 +45,8 @@ async def _play(scenes: Mapping[str, Scene], work: Path) -> dict[str, dict[str, 
             reports[name] = await scene(directory)
         except ToolMissingError as missing:
             reports[name] = {"wrong": [f"not shown here: {missing}"]}
-        except AssertionError as failed:
-            reports[name] = {"wrong": [str(failed)]}
+        except (AssertionError, ServerError, StorageError, MessagingError) as failed:
+            reports[name] = {"wrong": [f"{type(failed).__name__}: {failed}"]}
     return reports
 
 
