@@ -207,5 +207,6 @@ def register(app: typer.Typer) -> None:
                 wait,
                 shape,
                 lambda outcome: {**outcome, "redriven": old_ids.get(outcome.get("id", ""), "")},
+                many=True,
             )
         )

@@ -209,7 +209,7 @@ def register(app: typer.Typer) -> None:
                 raise CommandError("--ndjson takes types, keys, ids and bodies from its lines.", ExitCode.USAGE)
             with _opened(ndjson) as file:
                 lines = read_lines(file, time_ms=time_ms)
-                return asyncio.run(send_each(system, lines, MANY_WAIT_S if wait is None else wait, shape))
+                return asyncio.run(send_each(system, lines, MANY_WAIT_S if wait is None else wait, shape, many=True))
         if type is None or body is None:
             raise CommandError("Name a TYPE and its body with --json, or many with --ndjson.", ExitCode.USAGE)
         try:
@@ -241,17 +241,22 @@ async def send_each(
     wait_s: float,
     shape: Output,
     as_told: Callable[[dict[str, Any]], dict[str, Any]] = lambda outcome: outcome,
+    *,
+    many: bool = False,
 ) -> ExitCode:
-    """Publish and print one outcome a line, `as_told` of it, in the order of the input; the worst exit code."""
+    """Publish and print one outcome a line, `as_told` of it, in the order of the input; the worst exit code.
+
+    Raises MessageTooLargeError, unless they are `many`: then that is the outcome of one, and no other is held up.
+    """
     codes = [ExitCode.DONE]
-    async for outcome in _outcomes(system, commands, wait_s):
+    async for outcome in _outcomes(system, commands, wait_s, many=many):
         codes = [worst((*codes, OF_STATUS[outcome["status"]]))]
         shape.show(as_told(outcome), _for_people)
     return codes[0]
 
 
 async def _outcomes(
-    system: System, commands: Iterator[Outgoing | dict[str, Any]], wait_s: float
+    system: System, commands: Iterator[Outgoing | dict[str, Any]], wait_s: float, *, many: bool
 ) -> AsyncIterator[dict[str, Any]]:
     import asyncio
     from collections import deque
@@ -277,7 +282,7 @@ async def _outcomes(
                 given = await asyncio.to_thread(next, commands, None)
                 if given is None:
                     break
-                waiting.append(asyncio.ensure_future(_outcome(client, given, wait_s)))
+                waiting.append(asyncio.ensure_future(_outcome(client, given, wait_s, many=many)))
                 while waiting and (waiting[0].done() or len(waiting) >= IN_FLIGHT):
                     yield await waiting.popleft()
             while waiting:
@@ -288,13 +293,26 @@ async def _outcomes(
             tracer.close()
 
 
-async def _outcome(client: CommandClient, given: Outgoing | dict[str, Any], wait_s: float) -> dict[str, Any]:
+async def _outcome(
+    client: CommandClient, given: Outgoing | dict[str, Any], wait_s: float, *, many: bool
+) -> dict[str, Any]:
     """What became of one command, as it is printed."""
-    import asyncio
+    from infra.messaging.errors import MessageTooLargeError
 
     if isinstance(given, dict):
         return given
     submitted = client.submit(given.message, id=given.id, digest=given.digest)
+    try:
+        return await _became(given, submitted, wait_s)
+    except MessageTooLargeError as error:
+        if not many:
+            raise
+        return {"id": given.id, "type": given.type, "key": given.key, "status": "invalid", "reason": str(error)}
+
+
+async def _became(given: Outgoing, submitted: Submitted, wait_s: float) -> dict[str, Any]:
+    import asyncio
+
     if not wait_s:
         place = await submitted.delivered
         return {
@@ -333,7 +351,8 @@ def _for_people(outcome: Mapping[str, Any]) -> str:
         place = f"{outcome['topic']}[{outcome['partition']}]@{outcome['offset']}"
         return f"sent  {outcome['type']} {outcome['id']}  to {place}{_trace_for_people(outcome)}"
     if outcome["status"] == "invalid":
-        return f"invalid  line {outcome['line']}: {outcome['reason']}"
+        which = f"line {outcome['line']}" if "line" in outcome else outcome["id"]
+        return f"invalid  {which}: {outcome['reason']}"
     return f"{for_people(outcome)}{_trace_for_people(outcome)}"
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from infra.messaging.errors import MessageTooLargeError
 from schemas.envelope import RawMessage, parse_command
-from scripts.cli.send_command import InvalidCommandError, Outgoing, outgoing, raw, read_lines
+from scripts.cli.send_command import InvalidCommandError, Outgoing, _for_people, _outcome, outgoing, raw, read_lines
 
 WALLET = b'{"customer_id": "alice", "currency": "GBP", "initial_balance": 5}'
 
@@ -137,3 +140,25 @@ def test_lines_are_commands_in_order_and_a_bad_line_spoils_no_other() -> None:
     ]
     assert isinstance(found[-1], Outgoing)
     assert found[-1].message.key == b"bob"
+
+
+class SmallClient:
+    """A client to whose broker every message is too large."""
+
+    def submit(self, message: Any, **named: Any) -> Any:
+        refused = asyncio.get_running_loop().create_future()
+        refused.set_exception(MessageTooLargeError(message.topic, 9, 8))
+        return SimpleNamespace(answer=refused, delivered=refused)
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 5.0])
+async def test_of_many_commands_one_that_is_too_large_holds_up_no_other(wait_s: float) -> None:
+    client: Any = SmallClient()
+
+    outcome = await _outcome(client, sent(id="c-1"), wait_s, many=True)
+
+    said = "A message of 9 bytes for payment.commands exceeds the limit of 8 bytes."
+    assert (outcome["id"], outcome["status"], outcome["reason"]) == ("c-1", "invalid", said)
+    assert _for_people(outcome) == f"invalid  c-1: {said}"
+    with pytest.raises(MessageTooLargeError):
+        await _outcome(client, sent(), wait_s, many=False)
