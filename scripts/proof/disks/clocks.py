@@ -63,9 +63,9 @@ class WrongClock:
     def __init__(self, file: Path, *, of_jvm: bool = False) -> None:
         """`of_jvm`: a process of many threads that look at the clock all the time; it sees a jump a second late.
 
-        Looking at the file each time, at libfaketime's lock, and at how its waits are repaired, Cassandra did not start
-        in three minutes. So it gets the library without the lock and without the repair, which a JVM has no need of:
-        measured on 8 threads, both clocks then cost what they cost without it, instead of fifty times as much.
+        With libfaketime's lock around each look, and with its repair of waits on the monotonic clock, Cassandra did not
+        start in three minutes. So it gets the library without the lock, and no repair. Measured with 8 threads that ask
+        for the time: 0.4 s without libfaketime, 21 s with both, 0.6 to 0.8 s like this.
         """
         self._file = file
         self._library = libfaketime()
