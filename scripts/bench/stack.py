@@ -292,8 +292,8 @@ def run(options: argparse.Namespace, directory: Path) -> Told:
         for environment in ({}, {"CONCORD_TRACING__ENDPOINT": collector.url}):
             _say("starting a system" + (" with tracing" if environment else ""))
             system = RunningSystem(directory, profile="stack", environment=environment)
-            system.start()
             try:
+                system.start()
                 if environment:
                     asyncio.run(where_time_goes(system, collector, told.full_per_s / 2, options, told))
                 else:
