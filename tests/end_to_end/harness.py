@@ -127,7 +127,7 @@ class System:
         self.failpoints = failpoints
         self.witness = witness
         self._producer = producer
-        self._reader = KnownSystem.find(running.directory)
+        self.known = KnownSystem.find(running.directory)
 
     @property
     def directory(self) -> Path:
@@ -191,7 +191,7 @@ class System:
     async def check(self) -> None:
         """The standing check of a system at rest: nothing in doubt, `concord check`, and an independent consumer."""
         await self._settled()
-        report = await check_system(self._reader, wait_s=30)
+        report = await check_system(self.known, wait_s=30)
         assert report["ok"], report["offenders"]
         await self.witness.catch_up()
         judgement = judge(self.witness.history)
