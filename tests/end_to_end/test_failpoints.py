@@ -148,13 +148,13 @@ def opened() -> list[System]:
 @pytest_asyncio.fixture(loop_scope="session")
 async def shop(whole: System, opened: list[System]) -> System:
     if whole not in opened:
-        opened.append(whole)
         await whole.committed(
             product(GOODS, "tea", quantity=1_000_000),
             product(CUPS, "cup", quantity=1_000_000),
             product(RARE, "vase", quantity=1),
             *map(wallet, SHOPPERS),
         )
+        opened.append(whole)
     return whole
 
 
