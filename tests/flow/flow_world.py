@@ -346,6 +346,20 @@ class WorkerProcess:
         except aiohttp.ClientError:
             return 0, {}
 
+    async def has_heard(self, number: signal.Signals) -> None:
+        """Send a signal to stop, and wait until the stop has begun."""
+        self.signal(number)
+
+        async def is_ready_no_more() -> bool:
+            return (await self.get("/readyz"))[0] != 200
+
+        await until(is_ready_no_more)
+
+    async def waiting(self) -> int:
+        """Messages that it has read and not yet begun."""
+        _, health = await self.get("/healthz")
+        return sum(partition["waiting"] for partition in health["partitions"])
+
     async def exit_code(self, *, within_s: float = 30.0) -> int:
         await until(lambda: self.process.poll() is not None, within_s=within_s)
         return self.process.returncode

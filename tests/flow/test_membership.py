@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from typing import Any
 
+import pytest
 from flow_world import FlowWorld, LocalWorker, until
 from test_worker import assert_each_answered_in_key_order, commands, ids_by_key, in_key_order
 
 from schemas.topics import TopicRole
+from streams.app import StreamWorker
 
 PATIENT_SESSION = {"session_timeout_s": 60.0, "heartbeat_s": 0.5}
 
@@ -53,8 +56,8 @@ async def test_a_worker_process_that_leaves_finishes_what_it_is_at_and_its_parti
     later = commands(40)
     await world.send(later)
 
-    leaver.signal(signal.SIGUSR1)
-    await asyncio.sleep(0.3)
+    await leaver.has_heard(signal.SIGUSR1)
+    await asyncio.sleep(0.3)  # nothing tells that it goes on waiting: time to do wrong
     assert leaver.process.poll() is None, "it did not wait for the batch at work"
     world.hold_path.unlink()
     assert await leaver.exit_code() == 0
@@ -88,8 +91,16 @@ async def test_a_worker_that_comes_back_under_its_name_finds_its_partitions_and_
 
 
 async def test_a_group_that_rebalances_while_a_worker_stops_does_not_keep_it_from_acknowledging_and_leaving(
-    world: FlowWorld,
+    world: FlowWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    told: list[StreamWorker] = []
+    on_revoked = StreamWorker._on_revoked
+
+    async def noted(worker: StreamWorker, *arguments: Any, **named: Any) -> None:
+        told.append(worker)
+        await on_revoked(worker, *arguments, **named)
+
+    monkeypatch.setattr(StreamWorker, "_on_revoked", noted)
     first, second, idle = [await world.start_local(f"worker-{number}", **PATIENT_SESSION) for number in range(3)]
     await until(lambda: shares(first, second, idle) == [0, 1, 1])
     world.hold_path.touch()
@@ -99,9 +110,10 @@ async def test_a_group_that_rebalances_while_a_worker_stops_does_not_keep_it_fro
     others = [one for one in (first, second, idle) if one is not busy]
 
     busy.stream_worker.leave()
+    told.clear()
     others[0].stream_worker.leave()  # it has nothing to finish, so that the group rebalances at once
     await others[0].run
-    await asyncio.sleep(1.5)  # three heartbeats: the one that stops has heard of it
+    await until(lambda: busy.stream_worker in told)  # by one of its heartbeats
     assert not busy.run.done()
     world.hold_path.unlink()
     await asyncio.wait_for(busy.run, 5)
