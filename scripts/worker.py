@@ -72,6 +72,14 @@ def write_setup(setup: WorkerSetup) -> None:
     temporary.replace(path)
 
 
+def read_setup(data_dir: Path) -> WorkerSetup:
+    """What the running system told its workers. Raises OSError, or ValueError if it is no such thing.
+
+    The system may be of an earlier release than this process: settings that are gone since then are passed over.
+    """
+    return WorkerSetup.model_validate_json(setup_path(data_dir).read_bytes(), extra="ignore")
+
+
 def worker_options(setup: WorkerSetup, *, name: str, health_port: int, domain: str = "") -> WorkerOptions:
     """The settings in the words of the stream side, for a worker of every domain or of one."""
     from schemas.registry import DOMAINS
@@ -153,14 +161,14 @@ async def _tell_port(worker: StreamWorker, on_listening: Callable[[int], None]) 
     on_listening(worker.health.port)
 
 
-async def _follow(path: Path, setup: WorkerSetup) -> None:
+async def _follow(data_dir: Path, setup: WorkerSetup) -> None:
     """End this process when the system that it belongs to has moved: what it is connected to is gone."""
     import structlog
 
     while True:
         await asyncio.sleep(FOLLOW_EVERY_S)
         with suppress(OSError, ValueError):
-            now = WorkerSetup.model_validate_json(await asyncio.to_thread(path.read_bytes))
+            now = await asyncio.to_thread(read_setup, data_dir)
             if (now.bootstrap_servers, now.ray_address) != (setup.bootstrap_servers, setup.ray_address):
                 structlog.get_logger().warning("system_moved", remedy="start this worker again")
                 sys.stderr.flush()
@@ -181,9 +189,9 @@ def run_worker(
     """Be a stream worker until SIGTERM or SIGUSR1; ends the process.
 
     With 0 after a signal, once everything at work is finished and acknowledged; with anything else it is to be started
-    again. Must be called before prometheus_client, Ray or Faust are imported. `follow` is the file that the system's
-    supervisor writes: when it names other servers, the process ends with EXIT_MOVED. `on_listening` is told the port of
-    the health pages once they are served.
+    again. Must be called before prometheus_client, Ray or Faust are imported. `follow` is the data directory of
+    the system that it belongs to: when that has other servers, the process ends with EXIT_MOVED. `on_listening` is told
+    the port of the health pages once they are served.
     """
     configure_logging(setup.settings.log_level, process=name)
     faulthandler.enable()
@@ -223,7 +231,7 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="unique among the workers, and the same after a restart")
     parser.add_argument("--health-port", type=int, default=0, help="port of /healthz, /readyz and /metrics; 0: any")
     arguments = parser.parse_args()
-    setup = WorkerSetup.model_validate_json(setup_path(arguments.data).read_bytes())
+    setup = read_setup(arguments.data)
     run_worker(setup, name=arguments.name, health_port=arguments.health_port)
 
 

@@ -174,10 +174,9 @@ def _connect(settings: Settings) -> Runtime:
     for variable, value in (ray_environment(settings) or generated).items():
         os.environ.setdefault(variable, value)
     from actors.ray_runtime import connect
-    from scripts.worker import WorkerSetup, setup_path
+    from scripts.worker import read_setup
 
-    setup = WorkerSetup.model_validate_json(setup_path(settings.data_dir).read_bytes())
-    return connect(setup.ray_address)
+    return connect(read_setup(settings.data_dir).ray_address)
 
 
 # --- what is done in the pause ---------------------------------------------------------------------------------------

@@ -96,12 +96,15 @@ class System:
 
     @property
     def settings(self) -> Settings:
-        """The settings that the system was started with, else those that it would be started with."""
+        """The settings that the system was started with, else those that it would be started with.
+
+        A system of an earlier release may tell of settings that are gone since: they are passed over.
+        """
         from infra.config import Settings, load_settings
 
         for described in (self._private(), self.runtime):
             if "settings" in described:
-                return Settings.model_validate_json(json.dumps(described["settings"]))
+                return Settings.model_validate_json(json.dumps(described["settings"]), extra="ignore")
         return load_settings(data_dir=self.directory)
 
     def _private(self) -> dict[str, Any]:

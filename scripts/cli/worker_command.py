@@ -48,7 +48,7 @@ def register(app: typer.Typer) -> None:
         """
         from infra.config import load_settings
         from schemas.registry import DOMAINS
-        from scripts.worker import run_worker, setup_path
+        from scripts.worker import read_setup, run_worker
 
         if domain and domain not in DOMAINS:
             raise CommandError(f"There is no domain {domain}. There are: {', '.join(DOMAINS)}.", ExitCode.USAGE)
@@ -63,13 +63,13 @@ def register(app: typer.Typer) -> None:
             shape.show(told, lambda line: f"{line['worker']} serves {line['health']}/readyz. Ctrl-C stops it.")
 
         run_worker(
-            _running(data) if joins else _outside(settings),
+            read_setup(data) if joins else _outside(settings),
             name=called,
             health_host=host,
             health_port=health_port,
             keeps_place=bool(name),
             domain=domain,
-            follow=setup_path(data) if joins else None,
+            follow=data if joins else None,
             on_listening=on_listening,
         )
 
@@ -117,12 +117,6 @@ def unique_name() -> str:
     import uuid
 
     return f"worker-{socket.gethostname()[:40]}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-
-
-def _running(directory: Path) -> WorkerSetup:
-    from scripts.worker import WorkerSetup, setup_path
-
-    return WorkerSetup.model_validate_json(setup_path(directory).read_bytes())
 
 
 def _outside(settings: Settings) -> WorkerSetup:

@@ -18,7 +18,7 @@ from scripts.cli.errors import CommandError
 from scripts.cli.system import System, runtime_path, write_atomically
 from scripts.connections import kafka_connection, ray_environment, storage_address
 from scripts.outside import OutsideRay, RayRefusesError, RayUnavailableError, servers_outside
-from scripts.worker import WorkerSetup, setup_path, write_setup
+from scripts.worker import WorkerSetup, read_setup, setup_path, write_setup
 
 CLUSTER = {
     "CONCORD_PROFILE": "cluster",
@@ -200,3 +200,15 @@ def test_a_ray_whose_place_or_token_we_do_not_know_is_left_to_its_client(
     settings = load_settings(environment={**CLUSTER, **others}, data_dir=tmp_path)
 
     assert [server.kind for server in servers_outside(settings)] == ["kafka", "storage"]
+
+
+def test_settings_of_an_earlier_release_that_are_gone_since_are_passed_over(tmp_path: Path) -> None:
+    """A running system is restarted part by part: what it told its workers outlives the release that wrote it."""
+    setup = started(tmp_path)
+    told = json.loads(setup_path(tmp_path).read_bytes())
+    told["settings"]["kafka"]["gone_since"] = 1
+    told["settings"]["also_gone"] = {"since": "then"}
+    setup_path(tmp_path).write_text(json.dumps(told))
+
+    assert read_setup(tmp_path) == setup
+    assert System.find(tmp_path).settings == setup.settings
