@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
@@ -52,19 +52,35 @@ if TYPE_CHECKING:
     from tests.end_to_end.harness import System
 
 
+def place_of(path: str) -> int:
+    """Where a file of `tests` stands in the order of LANES; those of no lane stand last."""
+    places = [place for paths in LANES.values() for place in paths]
+    named = (n for n, place in enumerate(places) if path == place or path.startswith(f"{place}/"))
+    return next(named, len(places))
+
+
+def lane_of(path: str) -> str:
+    """The lane of a file of `tests`, or the file itself: what one process runs as a whole."""
+    lanes = [lane for lane, paths in LANES.items() for _ in paths]
+    place = place_of(path)
+    return lanes[place] if place < len(lanes) else path
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long lanes first, so that the files of no lane fill up what is left of the shorter one."""
-    places = [(lane, path) for lane, paths in LANES.items() for path in paths]
+    items.sort(key=lambda item: place_of(item.path.relative_to(TESTS).as_posix()))  # Stable.
 
-    def place_of(item: pytest.Item) -> int:
-        path = item.path.relative_to(TESTS).as_posix()
-        named = (n for n, (_, prefix) in enumerate(places) if path == prefix or path.startswith(f"{prefix}/"))
-        return next(named, len(places))
 
-    items.sort(key=place_of)  # Stable: within a place the order stays.
-    for item in items:
-        place = place_of(item)
-        item.add_marker(pytest.mark.xdist_group(places[place][0] if place < len(places) else item.path.name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out whole lanes. (xdist's own groups, by a mark, do nothing under pytest 9.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Lanes(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return lane_of(Path(nodeid.partition("::")[0]).relative_to("tests").as_posix())
+
+    return Lanes(config, log)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
