@@ -25,6 +25,9 @@ Theory of operation
     there. It may be too early, by a crash or by two processes that take themselves for the owner of a bucket; then
     empty periods are read once more. Where nothing is remembered, the partitions that there are tell.
 
+    A period in which more was deleted than a read may pass over is asked for again in every look, and keeps no other
+    waiting.
+
 Reads committed rows alone, and writes none.
 """
 
@@ -41,7 +44,7 @@ from actors.domain import Record, Table
 from infra.consensus_commit.errors import CrudConflictError
 from infra.consensus_commit.metadata import transactional
 from infra.consensus_commit.recovery import RecoveryHandler
-from infra.storage.errors import StorageError
+from infra.storage.errors import StorageError, TooMuchToReadError
 from infra.storage.operations import Bound, DataType, Key, Put, Row, Scan, TableSchema, Value
 from infra.storage.port import Storage
 
@@ -132,19 +135,24 @@ class DueRows:
                     return records[:limit]  # Those behind it are read in a later look.
                 progress.again.discard(each)
                 progress.walk = max(progress.walk, each + 1) if each in passed else progress.walk
-                if rows and each < soon:
+                if rows != [] and each < soon:
                     progress.pending.add(each)
                 else:
                     progress.pending.discard(each)
-                for row in rows:
+                for row in rows or ():
                     record = await self._resolved(table, (bucket, each), row)
                     if record is not None:
                         records.append(record)
         return records[:limit]
 
-    async def _read(self, table: Table[Any], partition: tuple[int, int], now_ms: int, limit: int) -> list[Row]:
+    async def _read(self, table: Table[Any], partition: tuple[int, int], now_ms: int, limit: int) -> list[Row] | None:
+        """What is due in one period; None if it cannot be read, since too much was deleted in it."""
         schema = transactional(table.schema)
-        return await self._storage.scan(Scan(schema, partition, end=Bound((now_ms,)), limit=limit))
+        try:
+            return await self._storage.scan(Scan(schema, partition, end=Bound((now_ms,)), limit=limit))
+        except TooMuchToReadError as error:
+            log.error("timers wait", table=table.full_name, bucket=partition[0], period=partition[1], error=str(error))
+            return None
 
     async def _resolved(self, table: Table[R], partition: tuple[int, int], row: Row) -> R | None:
         key = Key(partition, tuple(row[name] for name in table.key))

@@ -13,7 +13,7 @@ from infra.consensus_commit.coordinator import CoordinatorStates
 from infra.consensus_commit.manager import TransactionManager
 from infra.consensus_commit.metadata import transactional
 from infra.consensus_commit.recovery import RecoveryHandler
-from infra.storage.errors import UnavailableStorageError
+from infra.storage.errors import TooMuchToReadError, UnavailableStorageError
 from infra.storage.forwarding import ForwardingStorage
 from infra.storage.memory import MemoryStorage
 from infra.storage.operations import Key, Put, Row, Scan, TableSchema, Value
@@ -34,10 +34,13 @@ class Reads(ForwardingStorage):
         self.periods: list[int] = []
         self.listings = 0
         self.refuses_writes = False
+        self.unreadable: set[int] = set()
 
     async def scan(self, scan: Scan) -> list[Row]:
         if scan.table == STORED:
             self.periods.append(int(str(scan.partition[1])))
+            if self.periods[-1] in self.unreadable:
+                raise TooMuchToReadError("too many deletions")
         return await super().scan(scan)
 
     async def partitions(self, table: TableSchema) -> list[tuple[Value, ...]]:
@@ -275,6 +278,21 @@ async def test_a_storage_that_takes_no_writes_keeps_nothing_from_being_found(she
     shelf.reads.refuses_writes = False
     assert await shelf.due() == ["o1"]
     assert await shelf.remembered() == shelf.minute
+
+
+async def test_a_minute_that_cannot_be_read_keeps_no_other_waiting(shelf: Shelf) -> None:
+    await shelf.due()
+    full = await shelf.add("in too full a minute", in_ms=MINUTE_MS)
+    await shelf.add("o2", in_ms=2 * MINUTE_MS)
+    shelf.reads.unreadable = {full.expires_at_ms // MINUTE_MS}
+    for _ in range(2 * REMEMBERED_EVERY):
+        shelf.clock.advance(MINUTE_MS)
+        assert await shelf.due() == (["o2"] if shelf.clock.now_ms() > full.expires_at_ms else [])
+    shelf.restart()
+    assert await shelf.due() == ["o2"]
+
+    shelf.reads.unreadable = set()
+    assert await shelf.due() == ["in too full a minute", "o2"]
 
 
 async def test_a_timer_in_doubt_keeps_its_minute_from_being_done_with(shelf: Shelf) -> None:
