@@ -138,8 +138,8 @@ _AFTER_ROLLBACK = ("coordinator.after_prepare=raise@1",)
 _AFTER_STATE = ("commit_state.after=kill@1",)
 
 FAILPOINTS_NOT_MET = {
-    "recovery.before_abort": "needs a transaction whose coordinator, home and participants are all gone for its whole "
-    "lifetime; tests/protocol fires it",
+    "recovery.before_abort": "needs what another program left long ago in the tables that it shares; "
+    "tests/end_to_end/test_failpoints.py fires it",
 }
 
 FAILPOINTS_ARMED: Mapping[str, tuple[str, ...]] = {
