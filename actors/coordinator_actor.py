@@ -377,11 +377,15 @@ class CoordinatorActor:
         return left
 
     async def _ours(self) -> list[Intent]:
-        """This coordinator's intents; coordinator-0 also takes those of coordinators that are placed no longer."""
+        """This coordinator's intents; coordinator-0 also takes those of coordinators that are placed no longer.
+
+        Whoever else records intents (views, programs of others) sees to them itself.
+        """
         if self.name != actor_name("coordinator", 0):
             return await self._intents.of(self.name)
         others = {actor_name("coordinator", number) for number in range(1, self._placement.coordinators)}
-        return [intent for intent in await self._intents.all() if intent.coordinator not in others]
+        of_coordinators = [each for each in await self._intents.all() if _is_coordinator(each.coordinator)]
+        return [intent for intent in of_coordinators if intent.coordinator not in others]
 
     def _due(self, intent: Intent) -> bool:
         """Our own and our predecessors' intents at once; others when they have been seen for a transaction's lifetime.
@@ -456,6 +460,10 @@ class CoordinatorActor:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _is_coordinator(name: str) -> bool:
+    return name.rpartition("-")[0] == "coordinator"
 
 
 def _told(tx_id: str, shares: Sequence[Share]) -> Attributes:

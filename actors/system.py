@@ -125,7 +125,7 @@ def build_actor(
     if kind == VIEWS:
         from actors.view_actor import ViewActor
 
-        return ViewActor(name=name, storage=gated, clock=clock, tracer=observer.tracer)
+        return ViewActor(name=name, storage=gated, incarnations=incarnations, clock=clock, tracer=observer.tracer)
     return DomainActor(
         domain=load_domains(config)[kind],
         shard=int(number),

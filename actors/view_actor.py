@@ -2,7 +2,8 @@
 
 A batch of events becomes one transaction over the rows that it changes and the position that it reaches. So a batch
 that is sent again, after any fault, changes nothing; and the view lies in a namespace of its own, where a storage with
-that atomicity commits in one phase.
+that atomicity commits in one phase. Elsewhere the batch's intent is recorded, and the actor itself brings to rest what
+it, its predecessors or an interrupted rebuilding left: nobody may ever read those records again.
 
 Nothing here knows Kafka: batches come from the stream processor with the identity of the log they are from.
 """
@@ -35,6 +36,7 @@ from actors.history_view import (
     starts_at,
     supersedes,
 )
+from actors.incarnations import Incarnations
 from actors.messages import Health
 from actors.orders.tables import ORDERS
 from infra.clock import Clock, SystemClock
@@ -50,6 +52,9 @@ from schemas.orders import OrderSummary
 
 log = structlog.get_logger()
 
+REBUILDING = "views-rebuild"
+"""Under which name `concord rebuild` records intents."""
+
 PAGE_ROWS = 200
 IN_DOUBT_PAUSE_S = 0.5
 
@@ -57,20 +62,32 @@ IN_DOUBT_PAUSE_S = 0.5
 class ViewActor:
     """Holds the views' tables. `start` must have returned before it is asked anything."""
 
-    def __init__(self, *, name: str, storage: Storage, clock: Clock, tracer: Tracer = OFF) -> None:
+    def __init__(
+        self, *, name: str, storage: Storage, incarnations: Incarnations, clock: Clock, tracer: Tracer = OFF
+    ) -> None:
         self.name = name
         self._tracer = tracer
         self._storage = storage
-        self._manager = TransactionManager(storage, clock)
-        self._incarnation = clock.new_id()
+        self._incarnations = incarnations
+        self._clock = clock
+        self._incarnation = ""
+        self._manager: TransactionManager | None = None
+        self._sweeping: asyncio.Task[None] | None = None
         self._busy = 0
 
     async def start(self) -> None:
-        """Create the tables where they are absent."""
+        """Create the tables where they are absent, and begin to clean up."""
+        await self._incarnations.create_tables()
+        self._incarnation = await self._incarnations.register(self.name)
+        self._manager = _manager(self._storage, self._clock, self.name, self._incarnation)
         await create_view_tables(self._manager)
+        self._sweeping = asyncio.ensure_future(self._manager.sweeper.run())
 
     async def stop(self) -> None:
-        await self._manager.close()
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        if self._manager is not None:
+            await self._manager.close()
 
     async def apply(self, batches: list[EventBatch]) -> list[Applied]:
         """Apply each batch in a transaction of its own. Raises TransactionError and StorageError: send it again."""
@@ -90,9 +107,16 @@ class ViewActor:
     async def _apply(self, batch: EventBatch) -> Applied:
         if not batch.messages:
             return Applied(0, 0, 0, 0)
+        assert self._manager is not None, "start must have returned"
+        manager = self._manager
         told: Attributes = {"concord.actor": self.name, "messaging.batch.message_count": len(batch.messages)}
         with self._tracer.under(batch.trace, APPLY, batch.topic, told):
-            return await self._manager.run(lambda transaction: _apply_in(transaction, batch))
+            return await manager.run(lambda transaction: _apply_in(transaction, batch))
+
+
+def _manager(storage: Storage, clock: Clock, name: str, incarnation: str) -> TransactionManager:
+    """One whose leftovers the view actor settles, whoever it is."""
+    return TransactionManager(storage, clock, name=name, incarnation=incarnation, sweeps_only=(name, REBUILDING))
 
 
 async def create_view_tables(manager: TransactionManager) -> None:
@@ -157,7 +181,10 @@ async def rebuild_order_history(storage: Storage, *, buckets: int, clock: Clock 
     waited for until it is decided. Positions stay as they are: the projection goes on from where it was.
     Raises TransactionError and StorageError: run it again.
     """
-    manager = TransactionManager(storage, clock or SystemClock())
+    clock = clock or SystemClock()
+    incarnations = Incarnations(storage, clock)
+    await incarnations.create_tables()
+    manager = _manager(storage, clock, REBUILDING, await incarnations.register(REBUILDING))
     await create_view_tables(manager)
     await storage.create_table(transactional(ORDERS.schema))
     orders = _Orders(storage, manager, buckets)
@@ -257,7 +284,10 @@ async def _pages(storage: Storage, schema: TableSchema) -> AsyncIterator[list[Ro
 
 async def order_history(storage: Storage, customer_id: str, *, clock: Clock | None = None) -> list[OrderHistoryRow]:
     """The customer's orders, newest first, as one transaction sees them."""
-    manager = TransactionManager(storage, clock or SystemClock())
+    clock = clock or SystemClock()
+    incarnations = Incarnations(storage, clock)
+    await incarnations.create_tables()
+    manager = _manager(storage, clock, REBUILDING, await incarnations.register(REBUILDING))
     await create_view_tables(manager)
     bound = Bound((customer_id,))
 

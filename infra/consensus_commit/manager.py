@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any, TypeVar
 
 from infra.clock import Clock, SystemClock
@@ -46,7 +46,9 @@ class TransactionManager:
     `async_commit`: answer a commit once it is decided, and make its records say so afterwards; whoever reads one in
     between sees the commit all the same. At most `_SETTLING_AT_MOST` transactions are settled so at a time.
     `name`: who this is to whoever cleans up after it, from one start to the next; two managers that run at once must
-    have two names. None: no intents.
+    have two names. None: no intents. `incarnation`: what this start is called, for whoever wants to know of an intent
+    whether its writer is gone. `sweeps_only`: whose intents the sweeper settles (by name); None: everybody's, and
+    foreign records, too.
     `cache_records`: how many committed records to keep, so that SERIALIZABLE transactions need not read them first;
     see `record_cache.py` for when that pays.
     `queue_at_hot_records`: let transactions that want a record which was in somebody's way lately wait for each other
@@ -64,6 +66,8 @@ class TransactionManager:
         one_phase_commit: bool = True,
         async_commit: bool = True,
         name: str | None = None,
+        incarnation: str | None = None,
+        sweeps_only: Collection[str] | None = None,
         cache_records: int = 0,
         queue_at_hot_records: bool = True,
         group_commit: bool = False,
@@ -98,7 +102,8 @@ class TransactionManager:
         self._journal: Journal | None = None
         if name is not None:
             log = IntentLog(storage, namespace=coordinator_namespace)
-            self._journal = Journal(log, self._clock, name=name, incarnation=self._clock.new_id(), sleep=sleep)
+            incarnation = incarnation or self._clock.new_id()
+            self._journal = Journal(log, self._clock, name=name, incarnation=incarnation, sleep=sleep)
         self.sweeper = Sweeper(
             storage,
             self.states,
@@ -106,6 +111,7 @@ class TransactionManager:
             self._clock,
             journal=self._journal,
             transaction_lifetime_ms=transaction_lifetime_ms,
+            only=sweeps_only,
             sleep=sleep,
         )
 

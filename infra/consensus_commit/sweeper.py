@@ -87,7 +87,8 @@ class Sweeper:
     """Settles leftovers. With a `journal`, of every coordinator that writes intents; foreign ones in any case.
 
     `interval_ms`: between two rounds over the intents. `rows_per_s`: the pace of the walk over foreign records, 0
-    for none. `is_gone` says of an aborted intent whether its writer can no longer be at work.
+    for none. `is_gone` says of an aborted intent whether its writer can no longer be at work. `only`: settles the
+    intents of these coordinators and nothing else, where somebody else sees to the others.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Sweeper:
         interval_ms: int = 2_000,
         rows_per_s: int = 1_000,
         is_gone: Callable[[Intent], bool] = lambda intent: False,
+        only: Collection[str] | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._storage = storage
@@ -113,6 +115,7 @@ class Sweeper:
         self._interval_s = interval_ms / 1000
         self._rows_per_s = rows_per_s
         self._is_gone = is_gone
+        self._only = None if only is None else sorted(only)
         self._sleep = sleep
         self._first_seen_s: dict[str, float] = {}
         self._turns = Turns()
@@ -136,7 +139,8 @@ class Sweeper:
         """One round over the intents. Storage errors pass through; the next round takes up what is left."""
         if self._journal is None:
             return Swept()
-        intents = await self._journal.log.all()
+        log = self._journal.log
+        intents = await log.all() if self._only is None else [i for name in self._only for i in await log.of(name)]
         known = {intent.tx_id for intent in intents}
         self._first_seen_s = {tx_id: since for tx_id, since in self._first_seen_s.items() if tx_id in known}
         due = self._turns.take([intent for intent in intents if self._is_due(intent)])
@@ -186,7 +190,7 @@ class Sweeper:
 
         A record whose transaction is undecided and not expired is left for the next walk.
         """
-        if not self._rows_per_s:
+        if not self._rows_per_s or self._only is not None:
             return 0
         settled = 0
         for table in await self._storage.tables():

@@ -46,7 +46,7 @@ from actors.runtime import Runtime
 from infra.clock import SystemClock
 from infra.config import Settings
 from infra.consensus_commit.coordinator import CoordinatorStates
-from infra.consensus_commit.intents import IntentLog
+from infra.consensus_commit.intents import Intent, IntentLog
 from infra.messaging.reader import cluster_id
 from infra.storage.operations import TableSchema
 from infra.storage.port import Storage
@@ -223,9 +223,14 @@ async def _until_settled(storage: Storage, found: Sequence[TableSchema]) -> None
         return
     until_s = time.monotonic() + SETTLED_WITHIN_S
     while time.monotonic() < until_s:
-        if all(intent.aborted for intent in await intents.all()):
+        if all(intent.aborted or _is_derived(intent) for intent in await intents.all()):
             return
         await asyncio.sleep(0.05)
+
+
+def _is_derived(intent: Intent) -> bool:
+    """Whether it is about tables that are made anew after a restore."""
+    return all(namespace in DERIVED for namespace, _, _ in intent.partitions)
 
 
 async def _by_files(source: Path, snapshot: Path) -> None:

@@ -29,7 +29,7 @@ from actors.payment.tables import WALLETS
 from actors.runtime import Placement
 from infra.config import ConfigurationError, load_settings
 from infra.consensus_commit.errors import UncommittedRecordError
-from infra.consensus_commit.intents import IntentLog
+from infra.consensus_commit.intents import Intent, IntentLog
 from infra.consensus_commit.states import TransactionState
 from infra.storage.memory import MemoryStorage
 from infra.storage.operations import Atomicity
@@ -720,6 +720,30 @@ async def test_rule_07_one_intent_that_cannot_be_settled_keeps_no_other_in_doubt
             await until(settled)
         assert [left.tx_id for left in await system.intents() if left.tx_id == "0-alien"] == ["0-alien"]
         await intents.remove(COORDINATOR, ["0-alien"])
+
+
+async def test_rule_07_whoever_else_records_intents_sees_to_them_itself(memory: Storage) -> None:
+    """The views, and programs that share the tables: what they touch belongs to no actor of a domain."""
+    async with System(memory) as system:
+        await system.open_shop()
+        theirs = Intent(
+            tx_id="0-theirs",
+            coordinator="views-0",
+            coordinator_incarnation="one",
+            home="views-0",
+            home_incarnation="one",
+            partitions=(("views", "order_history", (1,)),),
+            participants=(),
+            created_at_ms=0,
+        )
+        intents = IntentLog(system.storage.storage)
+        await intents.record([theirs])
+        for _ in range(3):
+            system.advance(QUICK.transaction_lifetime_ms / 1000 + 1)
+            assert await system.runtime.actor(COORDINATOR).sweep() == 0
+        assert await intents.of("views-0") == [theirs]
+        assert await system.state("0-theirs") is None
+        await intents.remove("views-0", ["0-theirs"])
 
 
 # ---- 8: aborted rows outlive their writer ------------------------------------------------------------------------

@@ -7,19 +7,27 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from flow_world import until
 from order_events import goods_returned, message, placed, shipped, summary
 
 from actors.history_view import ORDER_HISTORY, Applied, EventBatch
+from actors.incarnations import Incarnations
 from actors.orders.tables import ORDERS, Order
 from actors.view_actor import VIEW_BUCKETS, Rebuilt, ViewActor, order_history, positions, rebuild_order_history
 from infra.clock import ManualClock
+from infra.consensus_commit.intents import IntentLog
 from infra.consensus_commit.manager import TransactionManager
+from infra.consensus_commit.metadata import transactional
+from infra.consensus_commit.states import TransactionState
 from infra.consensus_commit.transaction import Transaction
 from infra.storage.connect import connect
+from infra.storage.memory import MemoryStorage
+from infra.storage.operations import Atomicity, ScanAll
 from infra.storage.port import Storage
 from schemas.common import Address
 from schemas.envelope import RawMessage
 from schemas.orders import OrderLine, OrderStatus
+from tests.protocol.faults import FaultyStorage, Kind, writes_to
 
 LOG = "cluster-1"
 BUCKETS = 16
@@ -34,10 +42,16 @@ async def storage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
 
 @pytest_asyncio.fixture
 async def actor(storage: Storage) -> AsyncIterator[ViewActor]:
-    view = ViewActor(name="views-0", storage=storage, clock=ManualClock())
-    await view.start()
+    view = await started(storage)
     yield view
     await view.stop()
+
+
+async def started(storage: Storage) -> ViewActor:
+    clock = ManualClock()
+    view = ViewActor(name="views-0", storage=storage, incarnations=Incarnations(storage, clock), clock=clock)
+    await view.start()
+    return view
 
 
 def batch(*messages: RawMessage, log_identity: str = LOG) -> EventBatch:
@@ -98,6 +112,33 @@ async def test_a_position_never_goes_back_in_the_same_log(storage: Storage, acto
 
     assert (await positions(storage))[0].next_offset == 10
     assert len(await order_history(storage, "customer-1")) == 1, "an event before the position was applied"
+
+
+@pytest.mark.parametrize("by", ["itself", "its successor"])
+async def test_what_a_batch_left_in_doubt_comes_to_rest_though_nobody_reads_it(by: str) -> None:
+    """Where a batch is more than one write, as in Cassandra."""
+    memory = MemoryStorage(atomicity=Atomicity.PARTITION)
+    weather = FaultyStorage(memory)
+    rows = transactional(ORDER_HISTORY.schema)
+    view = await started(weather)
+    fault = weather.fail(Kind.UNAVAILABLE, writes_to(rows), nth=2)  # the first prepares, the second commits
+
+    async def states() -> list[object]:
+        return [row["tx_state"] async for page in memory.pages(ScanAll(rows)) for row in page]
+
+    (applied,) = await view.apply([batch(message(placed(), offset=7))])
+    assert applied.written == 1
+    await until(lambda: fault.seen >= 2)
+    if by == "its successor":
+        await view.stop()
+        assert await states() == [TransactionState.PREPARED]
+        view = await started(weather)
+
+    async def at_rest() -> bool:
+        return await states() == [TransactionState.COMMITTED] and not await IntentLog(memory).all()
+
+    await until(at_rest)
+    await view.stop()
 
 
 async def test_another_log_is_read_from_its_own_offsets(storage: Storage, actor: ViewActor) -> None:

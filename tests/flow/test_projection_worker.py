@@ -10,6 +10,7 @@ import pytest
 from flow_world import FlowWorld, RememberingRuntime, until
 from order_events import message, placed, shipped
 
+from actors.incarnations import Incarnations
 from actors.runtime import ActorLostError
 from actors.view_actor import ViewActor, order_history, positions
 from infra.clock import ManualClock
@@ -28,7 +29,9 @@ class ViewRuntime(RememberingRuntime):
     def __init__(self) -> None:
         super().__init__()
         self.storage = connect("memory:")
-        self.view = ViewActor(name="views-0", storage=self.storage, clock=ManualClock())
+        clock = ManualClock()
+        incarnations = Incarnations(self.storage, clock)
+        self.view = ViewActor(name="views-0", storage=self.storage, incarnations=incarnations, clock=clock)
 
     async def ask(self, actor: str, method: str, items: Sequence[Any]) -> list[Any]:
         if method != "apply":
