@@ -126,6 +126,7 @@ async def test_a_tenth_of_the_commands_delivered_twice_and_some_ids_with_another
         assert len(conflicts) == sum(thief.id == command.id for thief in thieves)
         assert all(answer == first for answer in others if answer not in conflicts)
     placed = {command.body["order_id"] for command in orders}
+    await system.witness.catch_up()
     events = [
         message.body["order"]["order_id"]
         for message in {m.header("ce_id"): m for m in system.witness.history.events("orders")}.values()

@@ -53,6 +53,7 @@ async def test_events_and_answers_carry_the_headers_of_cloud_events_and_the_comm
 
     [answer] = await system.send(command)
 
+    await system.witness.catch_up()
     published = [
         message
         for domain in ("orders", "payment", "shipping", "inventory")

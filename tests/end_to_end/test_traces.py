@@ -159,6 +159,7 @@ async def test_what_is_published_names_the_span_that_sent_it(traced: Traced) -> 
     await traced.complete(trace)
 
     senders = {span.span_id: span.name for span in traced.collector.of(trace) if span.kind == "producer"}
+    await traced.system.witness.catch_up()
     history = traced.system.witness.history
     published = [
         message
@@ -243,6 +244,7 @@ async def test_a_trace_that_is_not_sampled_sends_nothing_and_is_handed_on_all_th
     await traced.complete("ababbbbbccccddddeeeeffff00001111")
 
     assert traced.collector.of(UNSAMPLED[3:35]) == []
+    await traced.system.witness.catch_up()
     mine = [m for m in traced.system.witness.history.events("orders") if m.header("ce_causationid") == command.id]
     assert [message.header("traceparent") for message in mine] == [UNSAMPLED]
 

@@ -291,6 +291,7 @@ async def test_a_record_with_an_unreadable_header_name_is_a_dead_letter_and_its_
         ("dead-lettered", "bad_headers"),
         ("committed", ""),
     ]
+    await system.witness.catch_up()
     [letter] = [seen for seen in system.witness.history.dead_letters("payment") if seen.header("dlq-command-id") == bad]
     place = tuple(letter.header(f"dlq-original-{part}") for part in ("topic", "partition", "offset"))
     assert place == ("payment.commands", str(partition), str(offset + 1))
