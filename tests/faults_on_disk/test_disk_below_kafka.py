@@ -12,7 +12,8 @@ import pytest
 import pytest_asyncio
 
 from scripts.proof.disks import on_kafka
-from scripts.proof.disks.on_kafka import CRASHED, DELIVERY_TIMEOUT_MS, EXIT_CODE, Below
+from scripts.proof.disks.endings import CRASHED
+from scripts.proof.disks.on_kafka import DELIVERY_TIMEOUT_MS, EXIT_CODE, Below
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

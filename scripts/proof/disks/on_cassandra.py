@@ -5,24 +5,21 @@ Whoever watches over a server starts it again when it ends (`concord up` does); 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import signal
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infra.servers.cassandra import LocalCassandra
-from infra.servers.errors import ServerError
 from infra.storage.cassandra import CassandraStorage
 from scripts.proof.disks.accounts import Bank
 from scripts.proof.disks.clients import Client
+from scripts.proof.disks.endings import NOT_TRIED, after_a_full_disk, after_failed_syncs, end_of, start_of
 from scripts.proof.disks.injury import SYNCS, SmallDisk, traced
 from scripts.proof.disks.scenes import Storages, judged, more, more_commits, together, two_clients
 
 REQUEST_TIMEOUT_S = 2.0
-_ENDS_WITHIN_S = 60.0
 _SMALL = {
     # A server that is at home on a small disk: it flushes after kilobytes, and its log is of small files.
     "commitlog_segment_size": "2MiB",
@@ -36,9 +33,6 @@ _NOTE = ("--note-bytes", "3000")
 
 EXIT_CODE = 100
 """What Cassandra ends with when a disk fails and its policies say `die`."""
-
-CRASHED = -signal.SIGABRT
-"""What its JVM ends with when it reads a page of the commit log that a full disk had no room for (SIGBUS)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +74,17 @@ async def disk_full(below: Below, *, what: str, start_while_full: bool = True) -
     async with two_clients(cassandra_at(server), url_of(server), bank, *_NOTE) as clients:
         await more_commits(clients, 10)
         disk.fill()
-        ended = await _end_of(server)
+        ended = await end_of(server)
         await more(clients, 3, "transfers given up", _given_up)
-        at_once = await _start(server) if start_while_full else "not tried"
+        at_once = await start_of(server) if start_while_full else NOT_TRIED
         disk.make_room()
         await server.start()
         await more_commits(clients, 10)
         for one in clients:
             await one.end()
     report = await judged(cassandra_at(server), bank, clients)
-    if ended not in (EXIT_CODE, CRASHED):
-        report["wrong"].append(f"the server ended with {ended}, not with {EXIT_CODE} or {CRASHED}")
-    if start_while_full and not at_once.startswith("DirectoryError"):
-        report["wrong"].append(f"a start on the full disk: {at_once}")
-    return {"full": what, "server ended with": ended, "a start on the full disk": at_once, **report}
+    told = after_a_full_disk(report, exit_code=EXIT_CODE, ended=ended, at_once=at_once)
+    return {"full": what, **told}
 
 
 async def sync_error(below: Below, work: Path, *, tamper: str = "error=EIO") -> dict[str, Any]:
@@ -108,7 +99,7 @@ async def sync_error(below: Below, work: Path, *, tamper: str = "error=EIO") -> 
         async with traced(server.pid, work / "strace.log", calls=tuple(used) or SYNCS, tamper=tamper) as trace:
             await together(one.mark("fails") for one in clients)
             begun = [set(one.ledger.begun) for one in clients]
-            ended = await _end_of(server)
+            ended = await end_of(server)
             injected, struck = trace.injected(), trace.struck()
         await together(one.mark("ended") for one in clients)
         false = [id for one, before in zip(clients, begun, strict=True) for id in one.ledger.committed - before]
@@ -121,17 +112,7 @@ async def sync_error(below: Below, work: Path, *, tamper: str = "error=EIO") -> 
     report = await judged(cassandra_at(server), bank, clients)
     if false and tamper == "error=EIO":
         report["wrong"].append(f"{len(false)} transfers were acknowledged while no sync succeeded")
-    if ended != EXIT_CODE:
-        report["wrong"].append(f"the server ended with {ended}, not with {EXIT_CODE}")
-    if not injected:
-        report["wrong"].append("no sync was made to fail")
-    return {
-        "server ended with": ended,
-        "syncs it uses": dict(used),
-        "syncs that failed": dict(injected),
-        "of": struck,
-        **report,
-    }
+    return after_failed_syncs(report, exit_code=EXIT_CODE, ended=ended, used=used, injected=injected, struck=struck)
 
 
 async def slow_disk(below: Below, work: Path, *, delay_ms: int, commits: int = 3) -> dict[str, Any]:
@@ -162,23 +143,6 @@ async def slow_disk(below: Below, work: Path, *, delay_ms: int, commits: int = 3
 
 def _given_up(one: Client) -> int:
     return one.refused + len(one.ledger.unknown)
-
-
-async def _end_of(server: LocalCassandra) -> int | None:
-    """The exit code of a server that ends by itself within a minute; None if it lives on."""
-    try:
-        return await asyncio.wait_for(server.wait(), _ENDS_WITHIN_S)
-    except TimeoutError:
-        return None
-
-
-async def _start(server: LocalCassandra) -> str:
-    """What comes of a start while there is no room."""
-    try:
-        await server.start()
-    except ServerError as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return "serves"
 
 
 def cassandra_at(server: LocalCassandra) -> Storages:

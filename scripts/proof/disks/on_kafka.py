@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -24,8 +23,8 @@ from infra.messaging.errors import MessagingError
 from infra.messaging.producer import EventProducer
 from infra.messaging.reader import read_all
 from infra.messaging.topics import TopicSpec, ensure_topics
-from infra.servers.errors import ServerError
 from infra.servers.kafka import LocalKafka
+from scripts.proof.disks.endings import after_a_full_disk, after_failed_syncs, end_of, start_of
 from scripts.proof.disks.injury import SYNCS, SmallDisk, traced
 from scripts.proof.disks.scenes import together
 
@@ -33,10 +32,6 @@ DELIVERY_TIMEOUT_MS = 3_000
 EXIT_CODE = 1
 """What Kafka ends with when its only log directory has failed."""
 
-CRASHED = -signal.SIGABRT
-"""What its JVM ends with when it reads a page of an index that a full disk had no room for (SIGBUS)."""
-
-_ENDS_WITHIN_S = 60.0
 _PATIENCE_S = 120.0
 _LANES = 4
 _BODY = b"x" * 2_000
@@ -134,18 +129,14 @@ async def disk_full(below: Below) -> dict[str, Any]:
     async with Sender(server.bootstrap_servers, topic).sending() as sender:
         await sender.more(40)
         below.disk.fill()
-        ended = await _end_of(server)
+        ended = await end_of(server)
         await sender.more_errors(3)
-        at_once = await _start(server)
+        at_once = await start_of(server)
         below.disk.make_room()
         await server.start()
         await sender.more(40)
     report = await judged(server, sender)
-    if ended not in (EXIT_CODE, CRASHED):
-        report["wrong"].append(f"the server ended with {ended}, not with {EXIT_CODE} or {CRASHED}")
-    if not at_once.startswith("DirectoryError"):
-        report["wrong"].append(f"a start on the full disk: {at_once}")
-    return {"server ended with": ended, "a start on the full disk": at_once, **report}
+    return after_a_full_disk(report, exit_code=EXIT_CODE, ended=ended, at_once=at_once)
 
 
 async def sync_error(below: Below, work: Path) -> dict[str, Any]:
@@ -161,7 +152,7 @@ async def sync_error(below: Below, work: Path) -> dict[str, Any]:
         async with traced(server.pid, work / "strace.log", calls=tuple(used) or SYNCS, tamper="error=EIO") as trace:
             # What was synced before strace came may still be acknowledged after it: one message a lane.
             before = sender.total() + _LANES
-            ended = await _end_of(server)
+            ended = await end_of(server)
             injected, struck = trace.injected(), trace.struck()
         false = max(0, sender.total() - before)
         await server.stop(grace_s=0)
@@ -170,17 +161,7 @@ async def sync_error(below: Below, work: Path) -> dict[str, Any]:
     report = await judged(server, sender)
     if false:
         report["wrong"].append(f"{false} messages were acknowledged while no sync succeeded")
-    if ended != EXIT_CODE:
-        report["wrong"].append(f"the server ended with {ended}, not with {EXIT_CODE}")
-    if not injected:
-        report["wrong"].append("no sync was made to fail")
-    return {
-        "server ended with": ended,
-        "syncs it uses": dict(used),
-        "syncs that failed": dict(injected),
-        "of": struck,
-        **report,
-    }
+    return after_failed_syncs(report, exit_code=EXIT_CODE, ended=ended, used=used, injected=injected, struck=struck)
 
 
 async def slow_disk(below: Below, work: Path, *, delay_ms: int, messages: int = 8) -> dict[str, Any]:
@@ -241,14 +222,6 @@ async def _topic(server: LocalKafka, name: str) -> str:
     return name
 
 
-async def _end_of(server: LocalKafka) -> int | None:
-    """The exit code of a server that ends by itself within a minute; None if it lives on."""
-    try:
-        return await asyncio.wait_for(server.wait(), _ENDS_WITHIN_S)
-    except TimeoutError:
-        return None
-
-
 async def _read_in_s(server: LocalKafka, topic: str) -> float | None:
     """How long it takes to read all of `topic`; None if more than a minute."""
     started_s = time.monotonic()
@@ -259,12 +232,3 @@ async def _read_in_s(server: LocalKafka, topic: str) -> float | None:
     except (TimeoutError, MessagingError):
         return None
     return round(time.monotonic() - started_s, 1)
-
-
-async def _start(server: LocalKafka) -> str:
-    """What comes of a start while there is no room."""
-    try:
-        await server.start()
-    except ServerError as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return "serves"
