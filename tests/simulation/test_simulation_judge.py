@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
+from infra.consensus_commit.metadata import transactional
 from infra.consensus_commit.states import Isolation, TransactionState
+from infra.storage.memory import MemoryStorage
+from infra.storage.operations import ColumnCondition, Delete, If, Operator
 from scripts.proof.simulation.judge import Evidence, judge
+from scripts.proof.simulation.loop import Process, SimulatedClock, SimulatedLoop
 from scripts.proof.simulation.running import quiet
 from scripts.proof.simulation.weather import Weather, weather_of
-from scripts.proof.simulation.workloads import Log
+from scripts.proof.simulation.witness import Write
+from scripts.proof.simulation.workloads import TABLES, Log, Place, key_of
 from scripts.proof.simulation.world import World
 
 CALM: Weather = replace(
@@ -125,3 +131,43 @@ def test_what_is_wrong_is_found(tamper: Callable[[Evidence], None], verdict: str
     tamper(found)
 
     assert any(verdict in violation for violation in judge(found)), judge(found)
+
+
+def somebody() -> Process:
+    loop = SimulatedLoop(random.Random(1), shuffled=False)  # type: ignore[abstract]
+    return Process(1, 0, SimulatedClock(loop, 1))
+
+
+def deletes(place: Place, tx_id: str) -> Delete:
+    return Delete(transactional(TABLES[place[0]]), key_of(place), If((ColumnCondition("tx_id", Operator.EQ, tx_id),)))
+
+
+def test_a_delete_that_travels_in_the_batch_of_another_is_counted_as_its_own_transactions() -> None:
+    """Seed 2017650 did so: a delete of a process that died unanswered, in a batch that its recovery had begun."""
+    witness = World(11, CALM).witness
+    its_own, taken_along = ("one", 20, 0), ("one", 20, 1)
+    mutations = (deletes(its_own, "before"), deletes(taken_along, "before"))
+    witness.sent(mutations[:1], "leads")
+    witness.sent(mutations[1:], "is taken along")
+
+    witness.wrote(
+        somebody(),
+        MemoryStorage(),
+        Write(mutations, "leads"),
+        applied=True,
+        fault=None,
+    )
+
+    assert witness.at_once == {
+        "leads": {("one", key_of(its_own))},
+        "is taken along": {("one", key_of(taken_along))},
+    }
+    assert witness.violations == []
+
+
+def test_a_record_that_no_transaction_wrote_at_once_is_told() -> None:
+    witness = World(11, CALM).witness
+
+    witness.wrote(somebody(), MemoryStorage(), Write((deletes(("one", 20, 0), "x"),), ""), applied=True, fault=None)
+
+    assert any("by no transaction" in violation for violation in witness.violations)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any, Protocol, cast
 
 from infra.storage.errors import NoMutationError, StorageError, UnavailableStorageError, UnknownOutcomeError
+from infra.storage.gate import PartitionGate
 from infra.storage.memory import MemoryStorage
 from infra.storage.operations import (
     Atomicity,
@@ -34,6 +35,7 @@ from infra.storage.operations import (
     TableSchema,
     Value,
 )
+from infra.storage.port import Storage
 from scripts.proof.simulation.loop import Process, SimulatedLoop
 from scripts.proof.simulation.weather import READ_FAULTS, CallFault, Weather
 from scripts.proof.simulation.witness import CURRENT_TX, Witness, Write
@@ -274,3 +276,15 @@ class SimulatedStorage:
         answer: asyncio.Future[Any] = asyncio.Future(loop=self._network.loop)
         self._network.send(self._process, self._store, method, argument, answer)
         return answer
+
+
+class WitnessedGate(PartitionGate):
+    """The engine's gate, whose witness learns whose mutations those are that it joins to one batch."""
+
+    def __init__(self, storage: Storage, witness: Witness) -> None:
+        super().__init__(storage)
+        self._witness = witness
+
+    async def mutate(self, mutations: Sequence[Mutation]) -> None:
+        self._witness.sent(mutations, CURRENT_TX.get())
+        await super().mutate(mutations)

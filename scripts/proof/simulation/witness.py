@@ -10,7 +10,7 @@ It knows the format on disk, and nothing of how the engine comes to write it.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 from infra.consensus_commit.coordinator import PARENT_ID_LENGTH, group_and_child
@@ -96,11 +96,22 @@ class Witness:
         self._forgotten: set[str] = set()
         self._unanswered: set[str] = set()
         self._children: dict[str, tuple[str, ...]] = {}
+        self._senders: dict[int, tuple[Delete, str]] = {}
 
     def next_instant(self) -> int:
         """A number larger than those of all that has happened."""
         self.instant += 1
         return self.instant
+
+    def sent(self, mutations: Sequence[Mutation], tx_id: str) -> None:
+        """A transaction hands these to its process's gate, which may let them travel in the batch of another one.
+
+        Only a delete needs it: it leaves no row to carry the id. (What is noted stays alive, so that no `id` is met
+        twice in a seed.)
+        """
+        for mutation in mutations:
+            if isinstance(mutation, Delete):
+                self._senders[id(mutation)] = (mutation, tx_id)
 
     # -- what the network tells
 
@@ -238,7 +249,8 @@ class Witness:
             self._prepared_at_ms[tx_id] = cast(int, mutation.columns["tx_prepared_at"])
             self._prepare(process, record, tx_id, applied, fault)
         elif kind == AT_ONCE:
-            self._commit_at_once(record, tx_id or write.tx_id, applied, fault)
+            _, sender = self._senders.get(id(mutation), (mutation, write.tx_id))
+            self._commit_at_once(record, tx_id or sender, applied, fault)
         elif tx_id is None:
             self.violations.append(f"a record was settled without a condition on its transaction: {record}")
         elif applied:
@@ -279,6 +291,8 @@ class Witness:
         if not applied:
             self.probes.hit("refused_one_phase")
             return
+        if not tx_id:
+            self.violations.append(f"a record was written at once by no transaction: {record}")
         self._write_over(record)
         self.chains.setdefault(record, []).append(tx_id)
         self.at_once.setdefault(tx_id, set()).add(record)

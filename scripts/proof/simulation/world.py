@@ -33,7 +33,7 @@ from infra.storage.multi import MultiStorage
 from infra.storage.operations import Atomicity, Put, Row, ScanAll
 from scripts.proof.simulation.judge import Evidence, judge
 from scripts.proof.simulation.loop import Process, SimulatedClock, SimulatedLoop, StuckError, bury
-from scripts.proof.simulation.network import Network, SimulatedStorage
+from scripts.proof.simulation.network import Network, SimulatedStorage, WitnessedGate
 from scripts.proof.simulation.probes import Probes
 from scripts.proof.simulation.weather import Interface, Topology, Weather, weather_of
 from scripts.proof.simulation.witness import CURRENT_TX, Witness, stored_now
@@ -221,7 +221,7 @@ class World:
     def _manager(self, process: Process) -> TransactionManager:
         """The engine as one process has it, under a name that its successors will bear too."""
         manager = TransactionManager(
-            self._storage(process),
+            WitnessedGate(self._storage(process), self.witness),
             process.clock,
             one_phase_commit=self.weather.one_phase_commit,
             async_commit=self.weather.async_commit,
