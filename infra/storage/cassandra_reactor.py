@@ -9,6 +9,10 @@ writes the sockets:
     others     the driver's own threads (connecting, heartbeats, reconnecting) may send as well: through the loop. A
                connection is opened in such a thread, TLS included, and only then served by the loop
 
+    silence    the loop sends heartbeats too. The driver's would be judged by a thread, which cannot tell a server that
+               does not answer from a loop that does not listen: a program that keeps its loop busy for a while, or
+               runs it in pieces, would lose connections that nothing is wrong with
+
 A connection lives as long as its loop: when that was closed, the connection is defunct. Nothing here waits.
 
 Source: the driver's `cassandra.connection.Connection`, of which this is one more implementation.
@@ -21,9 +25,12 @@ import logging
 import ssl
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ClassVar
 
+from cassandra import OperationTimedOut
 from cassandra.connection import Connection, ConnectionShutdown
+from cassandra.protocol import OptionsMessage
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +69,20 @@ class LoopTimer:
 class LoopConnection(Connection):  # type: ignore[misc]
     """One connection to a node. Use a subclass made by `connections_of`, which knows its loop."""
 
+    heartbeat_interval_s: ClassVar[float] = 5.0
+    heartbeat_timeout_s: ClassVar[float] = 10.0
+    """A connection that a network swallowed in silence is noticed after the sum of both."""
+
+    is_idle: ClassVar[bool] = False
+    """What the driver asks before it sends a heartbeat of its own."""
+
     loop: ClassVar[asyncio.AbstractEventLoop]
     is_closed: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._heard = False
+        self._heartbeat: asyncio.TimerHandle | None = None
         self._outgoing: deque[bytes] = deque()
         self._flush_is_due = False
         self._waits_to_write = False
@@ -109,6 +125,33 @@ class LoopConnection(Connection):  # type: ignore[misc]
     def _begin_reading(self) -> None:
         if not self.is_closed:
             self.loop.add_reader(self._socket.fileno(), self._read)
+            self._heartbeat = self.loop.call_later(self.heartbeat_interval_s, self._beat)
+
+    def _beat(self) -> None:
+        """Ask for a sign of life, where there was none for a while."""
+        if self.is_closed or self.is_defunct:
+            return
+        if self._heard:
+            self._heard = False
+            self._heartbeat = self.loop.call_later(self.heartbeat_interval_s, self._beat)
+            return
+        with self.lock, suppress(ConnectionShutdown):  # by another thread, this moment
+            if self.in_flight < self.max_request_id:  # Else there are answers enough to come.
+                self.in_flight += 1
+                self.send_msg(OptionsMessage(), self.get_request_id(), self._beat_answered)
+        self._heartbeat = self.loop.call_later(self.heartbeat_timeout_s, self._judge)
+
+    def _beat_answered(self, _response: Any) -> None:
+        with self.lock:
+            self.in_flight -= 1
+
+    def _judge(self) -> None:
+        """Give the connection up if nothing came. Of what came meanwhile, a loop that stood still reads first."""
+        if self._heard:
+            self._beat()
+        elif not self.is_closed:
+            silent = f"nothing was heard for {self.heartbeat_timeout_s} s after a heartbeat"
+            self.defunct(OperationTimedOut(silent, self.endpoint))
 
     def _read(self) -> None:
         ended = False
@@ -116,6 +159,7 @@ class LoopConnection(Connection):  # type: ignore[misc]
             while True:
                 received = self._socket.recv(_RECEIVED_AT_ONCE)
                 self._iobuf.write(received)
+                self._heard = True
                 ended = not received
                 # TLS gives a record at a time, and what it holds back wakes nobody: ask until it has no more.
                 if ended or (self.ssl_context is None and len(received) < _RECEIVED_AT_ONCE):
@@ -162,6 +206,8 @@ class LoopConnection(Connection):  # type: ignore[misc]
             self.loop.remove_writer(self._socket.fileno())
 
     def _close_socket(self) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
         descriptor = self._socket.fileno()
         if descriptor >= 0:
             self.loop.remove_reader(descriptor)

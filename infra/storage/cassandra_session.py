@@ -46,9 +46,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PREPARED_STATEMENTS = 2_000
 _RECONNECT_DELAY_S = 0.5
-# A connection that a network swallowed in silence is noticed after the sum of both.
-_HEARTBEAT_INTERVAL_S = 5
-_HEARTBEAT_TIMEOUT_S = 10
+_LOOKS_FOR_ENDED_CONNECTIONS_EVERY_S = 5
 _ADMINISTRATION_TIMEOUT_S = 60.0
 _SCHEMA_AGREEMENT_WAIT_S = 30
 _SETTING = "SELECT value FROM system_views.settings WHERE name = '{name}'"
@@ -317,8 +315,8 @@ class CassandraSession:
                 protocol_version=settings.protocol_version,
                 reconnection_policy=ConstantReconnectionPolicy(_RECONNECT_DELAY_S, max_attempts=None),
                 max_schema_agreement_wait=_SCHEMA_AGREEMENT_WAIT_S,
-                idle_heartbeat_interval=_HEARTBEAT_INTERVAL_S,
-                idle_heartbeat_timeout=_HEARTBEAT_TIMEOUT_S,
+                # Connections send their own heartbeats; with this the driver sees which have ended.
+                idle_heartbeat_interval=_LOOKS_FOR_ENDED_CONNECTIONS_EVERY_S,
                 connect_timeout=settings.request_timeout_s,
                 control_connection_timeout=settings.request_timeout_s,
             )

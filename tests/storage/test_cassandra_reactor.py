@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from infra.storage.cassandra import CassandraStorage
-from infra.storage.cassandra_reactor import LoopTimer
+from infra.storage.cassandra_reactor import LoopConnection, LoopTimer
+from infra.storage.errors import UnavailableStorageError
 from infra.storage.operations import DataType, Key, Put, TableSchema
+from scripts.proof.tcp_proxy import TcpProxy
 
 if TYPE_CHECKING:
     from infra.servers.cassandra import LocalCassandra
@@ -81,3 +87,69 @@ async def test_a_timer_that_was_cancelled_calls_nobody() -> None:
     LoopTimer(loop, 0.001, done.set)
     await done.wait()
     assert not called.is_set()
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that ask for a sign of life often, and are soon given up."""
+    monkeypatch.setattr(LoopConnection, "heartbeat_interval_s", 0.1)
+    monkeypatch.setattr(LoopConnection, "heartbeat_timeout_s", 0.3)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_loop_that_stands_still_or_pauses_loses_no_connection(cassandra: LocalCassandra) -> None:
+    storage = CassandraStorage([cassandra.contact_point], cassandra.port)
+
+    async def ask_and_stand_still(awake_s: float) -> list[str]:
+        found = await storage.namespaces()
+        await asyncio.sleep(awake_s)
+        time.sleep(0.5)  # noqa: ASYNC251 - that is the point
+        return found
+
+    with asyncio.Runner() as runner:
+        first = runner.run(storage.namespaces())
+        for awake_s in (0.0, 0.05, 0.1, 0.11, 0.15, 0.2):  # A heartbeat is due, under way, and answered.
+            assert runner.run(ask_and_stand_still(awake_s)) == first
+            time.sleep(0.5)
+        runner.run(storage.close())
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_a_server_that_falls_silent_is_noticed_and_reached_again_when_it_is_back(
+    cassandra: LocalCassandra,
+) -> None:
+    async with TcpProxy(cassandra.contact_point, cassandra.port) as proxy:
+        storage = CassandraStorage([proxy.host], proxy.port, request_timeout_s=30.0)
+        await storage.namespaces()
+        proxy.swallow_answers()
+
+        with pytest.raises(UnavailableStorageError):
+            async with asyncio.timeout(10):  # sooner than its own time limit
+                await storage.namespaces()
+
+        proxy.pass_on()
+        async with asyncio.timeout(30):
+            while True:
+                with suppress(UnavailableStorageError):
+                    await storage.namespaces()
+                    break
+                await asyncio.sleep(0.1)
+        await storage.close()
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_heartbeats_take_up_no_room_on_a_connection_that_is_idle(cassandra: LocalCassandra) -> None:
+    storage = CassandraStorage([cassandra.contact_point], cassandra.port)
+    await storage.namespaces()
+    await asyncio.sleep(1.0)
+
+    held = [connection.in_flight for pool in storage_pools(storage) for connection in pool.get_connections()]
+    assert held
+    assert max(held) <= 1  # one may be under way
+    await storage.close()
+
+
+def storage_pools(storage: CassandraStorage) -> list[Any]:
+    session = storage._session._session
+    assert session is not None
+    return list(session.get_pools())
