@@ -263,7 +263,6 @@ class LocalCassandra(LocalNode):
 
     def _command(self, archives: Sequence[Path], ports: Mapping[str, int]) -> Sequence[str]:
         return [
-            f"-Xms{min(self._heap_mb, 512)}m",
             *_JVM_OPTIONS,
             f"-Dcassandra.config={(self._directory / 'cassandra.yaml').as_uri()}",
             f"-Dcassandra.storagedir={self._directory}",

@@ -381,7 +381,9 @@ class LocalNode(ABC):
         self._killed = False
         self._process = spawn(
             [
-                *(str(java.executable), f"-Xmx{self._heap_mb}m", f"-XX:ErrorFile={self._directory / 'jvm_crash.log'}"),
+                str(java.executable),
+                *(f"-Xms{self._heap_mb}m", f"-Xmx{self._heap_mb}m"),  # fixed: what it may take, it has from the start
+                f"-XX:ErrorFile={self._directory / 'jvm_crash.log'}",
                 *self._command(archives, ports),
             ],
             # Another program's class path would be searched too, and a server has no use for its starter's secrets.

@@ -169,7 +169,7 @@ async def test_what_was_lost_with_its_tables_comes_back_from_the_backup_and_the_
     await asyncio.to_thread(second.start)
     try:
         async with talking_to(second) as system:
-            checked = await system.concord("check")
+            checked = await system.concord("check", "--wait", "120")
             assert (checked.code, checked.lines[0]["offenders"]) == (0, [])
             assert await books(system.directory, "loss") == expected
             assert await told(system.directory, before) == answered
@@ -179,7 +179,7 @@ async def test_what_was_lost_with_its_tables_comes_back_from_the_backup_and_the_
             ]
             await system.publish_all(before[0])  # the same id again changes nothing
             await system.committed(order("loss-ann", "loss-last", ("loss-old", "tea", 1, 100)))
-            checked = await system.concord("check")
+            checked = await system.concord("check", "--wait", "120")
             assert (checked.code, checked.lines[0]["offenders"]) == (0, [])
             assert await told(system.directory, before[:1]) == answered[:1]
             assert await orders_seen(system.directory, "loss-ann") == 61

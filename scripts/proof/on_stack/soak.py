@@ -2,8 +2,15 @@
 
 Every SAMPLED_EVERY_S the memory and the descriptors of each process of the system are read from /proc. What each has
 in the last minutes is compared with what it had in the minutes after the WARM_UP: medians, so that no single moment
-(a compaction, a collection of garbage about to happen) decides. Memory is PSS, which counts what processes share once
-over all of them; RSS is told beside it. A process that was replaced meanwhile has not been soaked, and fails the run.
+(a compaction, a collection of garbage about to happen) decides. A process that was replaced meanwhile has not been
+soaked, and fails the run.
+
+    pss           what is judged: memory of the process's own, and its share of what it shares with others. Pages of
+                  files are left out: they are the kernel's cache (Cassandra maps its tables), which it takes back
+    rss           told beside it: everything, those pages included
+    heaps         the servers' heaps are fixed, and touched when they start, so that growth is not a heap in its first
+                  use; one that leaks ends its server (-XX:+ExitOnOutOfMemoryError)
+    descriptors   open files and sockets
 
 Tables grow with the work. Each that does must be in PRUNED_BY, which says what takes its rows away, or why they stay.
 """
@@ -43,6 +50,7 @@ GROWTH_AT_MOST = 0.05
 DRAINED_WITHIN_S = 120.0
 COMMITTED_AT_LEAST = 0.95
 KIBIBYTE = 1024
+_HEAPS_TOUCHED = {"JAVA_TOOL_OPTIONS": "-XX:+AlwaysPreTouch"}
 
 PRUNED_BY: Mapping[str, str] = {
     **{
@@ -78,7 +86,7 @@ class Sample:
 def prove_soak(directory: Path, *, profile: str, minutes: float, rate: float, seed: int = 1) -> Report:
     """Run, sample and compare. Raises NotAsAskedError."""
     directory.mkdir(parents=True, exist_ok=True)
-    system = RunningSystem(directory / "system", profile=profile)
+    system = RunningSystem(directory / "system", profile=profile, environment=_HEAPS_TOUCHED)
     system.start()
     try:
         report = asyncio.run(_soak(system, minutes=minutes, rate=rate, seed=seed))
@@ -210,7 +218,7 @@ def _sample(system: RunningSystem, names: dict[int, str]) -> dict[str, Sample]:
         if memory is None:
             continue
         name = name if name not in found else f"{name} {each.pid}"
-        found[name] = Sample(each.pid, memory["Pss"], memory["Rss"], _descriptors(each.pid))
+        found[name] = Sample(each.pid, memory["Pss"] - memory["Pss_File"], memory["Rss"], _descriptors(each.pid))
     return found
 
 
@@ -220,7 +228,7 @@ def _memory(pid: int) -> dict[str, int] | None:
     except OSError:
         return None
     found = {line.partition(":")[0]: int(line.split()[1]) * KIBIBYTE for line in lines}
-    return found if "Pss" in found else None
+    return found if {"Pss", "Pss_File", "Rss"} <= found.keys() else None
 
 
 def _descriptors(pid: int) -> int:
