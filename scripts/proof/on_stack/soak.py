@@ -58,6 +58,7 @@ PRUNED_BY: Mapping[str, str] = {
         for domain in DOMAINS
     },
     "coordinator.state": "every hour, of those older than the outcomes' window that nobody can need again",
+    "coordinator.intents": "deleted as their transactions end; of aborted ones, once their writer is known to be gone",
     "coordinator.incarnations": "one row a start of an actor; not pruned",
     "coordinator.timers": "one row a bucket, overwritten; does not grow after the first look",
     "payment.payments": "the business's own record of every movement; kept",
@@ -66,6 +67,9 @@ PRUNED_BY: Mapping[str, str] = {
     "inventory.reservations": "the business's own record of every reservation; kept",
     "inventory.expiries": "deleted as their reservations expire (15 minutes) or end",
     "shipping.shipments": "the business's own record of every shipment; kept",
+    "payment.wallets": "one row a customer; kept",
+    "inventory.products": "one row a product; kept",
+    "views.positions": "one row a partition, overwritten; does not grow after the first events",
     "views.order_history": "one row an order, made anew from the events; kept as long as the orders",
 }
 """What takes rows away from a table that grows."""
