@@ -171,12 +171,13 @@ class DomainActor:
 
     async def due(self, times_ms: list[int]) -> list[list[tuple[str, str, bytes, str]]]:
         """For each time: (command id, type, JSON body, routing key) of what the domain's clock asks for."""
-        if self._domain.due is None:
+        if self._domain.due is None or self._as_home.pausing.holds:
             return [[] for _ in times_ms]
         found = []
-        for now_ms in times_ms:
-            commands = await self._domain.due(self._due_rows, now_ms)
-            found.append([(id, c.type_name(), c.model_dump_json().encode(), c.routing_key) for id, c in commands])
+        async with self._as_home.pausing.command():
+            for now_ms in times_ms:
+                commands = await self._domain.due(self._due_rows, now_ms)
+                found.append([(id, c.type_name(), c.model_dump_json().encode(), c.routing_key) for id, c in commands])
         return found
 
     async def pause(self, requests: list[PauseRequest]) -> list[bool]:

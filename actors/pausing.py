@@ -1,4 +1,4 @@
-"""A pause of a domain actor: it begins no command, while whatever has begun goes on to its end.
+"""A pause of an actor: it begins no command, while whatever has begun goes on to its end.
 
     asked to pause ─► no further command begins ─► those that have begun end ─► "drained" ─► … ─► resumed, or lapsed
 
@@ -6,7 +6,8 @@ What a backup copies must not contain half of a transaction, and a transaction l
 domain actor drained no transaction of a command is under way anywhere, whichever stream workers there are and wherever
 they run, since each command begins at an actor. Only commands are held up: participants still answer the calls,
 prepares and commits of commands that began elsewhere, or two actors would wait for each other; health is answered,
-too, so that nobody takes a paused actor for a dead one.
+too, so that nobody takes a paused actor for a dead one. Timers are not looked at meanwhile, and the views' actor, whose
+transactions are decided in the same state table, applies no events.
 
 A pause is a lease. Whoever asked for it renews it, and if nobody does it lapses, so that a backup that was killed holds
 up the system no longer than that. To renew or to end a pause that is over is answered with False: then something may
@@ -54,6 +55,11 @@ class Pausing:
         self._idle.set()
         self._under_way = 0
         self._lapse: asyncio.TimerHandle | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is a pause now."""
+        return not self._open.is_set()
 
     @asynccontextmanager
     async def command(self) -> AsyncIterator[None]:

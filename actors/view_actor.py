@@ -39,6 +39,7 @@ from actors.history_view import (
 from actors.incarnations import Incarnations
 from actors.messages import Health
 from actors.orders.tables import ORDERS
+from actors.pausing import PauseRenewal, PauseRequest, Pausing
 from infra.clock import Clock, SystemClock
 from infra.consensus_commit.errors import CrudConflictError
 from infra.consensus_commit.manager import TransactionManager
@@ -74,6 +75,7 @@ class ViewActor:
         self._manager: TransactionManager | None = None
         self._sweeping: asyncio.Task[None] | None = None
         self._busy = 0
+        self._pausing = Pausing(name)
 
     async def start(self) -> None:
         """Create the tables where they are absent, and begin to clean up."""
@@ -101,6 +103,15 @@ class ViewActor:
         """Whether nothing is being applied now: a batch that a restart interrupts is simply sent again."""
         return [not self._busy for _ in within_s]
 
+    async def pause(self, requests: list[PauseRequest]) -> list[bool]:
+        return [await self._pausing.pause(request) for request in requests]
+
+    async def renew_pause(self, renewals: list[PauseRenewal]) -> list[bool]:
+        return [self._pausing.renew(renewal) for renewal in renewals]
+
+    async def resume(self, names: list[str]) -> list[bool]:
+        return [self._pausing.resume(name) for name in names]
+
     async def health(self, batch: list[Any]) -> list[Health]:
         return [Health(self.name, self._incarnation, os.getpid(), self._busy) for _ in batch]
 
@@ -110,8 +121,9 @@ class ViewActor:
         assert self._manager is not None, "start must have returned"
         manager = self._manager
         told: Attributes = {"concord.actor": self.name, "messaging.batch.message_count": len(batch.messages)}
-        with self._tracer.under(batch.trace, APPLY, batch.topic, told):
-            return await manager.run(lambda transaction: _apply_in(transaction, batch))
+        async with self._pausing.command():
+            with self._tracer.under(batch.trace, APPLY, batch.topic, told):
+                return await manager.run(lambda transaction: _apply_in(transaction, batch))
 
 
 def _manager(storage: Storage, clock: Clock, name: str, incarnation: str) -> TransactionManager:

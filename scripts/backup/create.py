@@ -43,6 +43,7 @@ from pathlib import Path
 
 from actors.history_view import ORDER_HISTORY
 from actors.runtime import Runtime
+from actors.system import COORDINATOR, actor_names
 from infra.clock import SystemClock
 from infra.config import Settings
 from infra.consensus_commit.coordinator import CoordinatorStates
@@ -64,8 +65,10 @@ DERIVED = frozenset({ORDER_HISTORY.namespace})
 """Namespaces whose tables are made anew from the others."""
 
 SETTLED_WITHIN_S = 10.0
-COPIES = 3
-"""How often SQLite's files are copied before it counts as shown that somebody else writes to them."""
+COPIES = 10
+COPIED_AGAIN_AFTER_S = 0.2
+"""How often SQLite's files are copied before it counts as shown that somebody else writes to them. One write is nobody
+else's: coordinators clear up behind transactions that were aborted."""
 
 Progress = Callable[[str], None]
 
@@ -161,7 +164,7 @@ async def _reach(system: System, settings: Settings, progress: Progress) -> Asyn
         yield Reached(
             AtRest(settings, storage, system.kafka),
             _connect(settings),
-            [name for name in system_config(settings).placement.actors() if not name.startswith("coordinator")],
+            [name for name in actor_names(system_config(settings)) if not name.startswith(COORDINATOR)],
         )
     finally:
         await storage.close()
@@ -238,6 +241,7 @@ async def _by_files(source: Path, snapshot: Path) -> None:
         if await asyncio.to_thread(copy_files, source, snapshot, leave_out=DERIVED):
             return
         await asyncio.to_thread(shutil.rmtree, snapshot)
+        await asyncio.sleep(COPIED_AGAIN_AFTER_S)
     raise PauseFailedError(
         f"Something else writes to the files in {source} while they are copied. End the programs that use them beside "
         "this system, and make the backup again."

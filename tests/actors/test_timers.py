@@ -7,6 +7,7 @@ from typing import Any
 from harness import System, in_background
 from weather import writes_to
 
+from actors.pausing import PauseRequest
 from infra.storage.port import Storage
 from schemas.inventory import CancelReservation, ExpireReservation, ReserveStock, StockItem
 from schemas.message import Command
@@ -56,6 +57,19 @@ async def test_a_reservation_expires_when_its_time_has_come_and_its_goods_are_fr
         await system.check_at_rest()
         assert (await reserved(system))["art"] == 0
         assert await due(system) == []
+
+
+async def test_in_a_pause_nothing_is_due_and_after_it_what_was(storage: Storage) -> None:
+    async with System(storage) as system:
+        await system.open_shop(products=1, customers=1)
+        await system.send_all([("x1", reserve("o1"))])
+        system.advance(61)
+        assert await system.runtime.ask("inventory-0", "pause", [PauseRequest("backup", 60.0, 10.0)]) == [True]
+
+        assert await due(system) == []
+
+        assert await system.runtime.ask("inventory-0", "resume", ["backup"]) == [True]
+        assert len(await due(system)) == 1
 
 
 async def test_each_actor_asks_for_what_is_due_in_its_own_buckets(storage: Storage) -> None:

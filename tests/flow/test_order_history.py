@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from order_events import goods_returned, message, placed, shipped, summary
 from actors.history_view import ORDER_HISTORY, Applied, EventBatch
 from actors.incarnations import Incarnations
 from actors.orders.tables import ORDERS, Order
+from actors.pausing import PauseRenewal, PauseRequest
 from actors.view_actor import VIEW_BUCKETS, Rebuilt, ViewActor, order_history, positions, rebuild_order_history
 from infra.clock import ManualClock
+from infra.consensus_commit.coordinator import CoordinatorStates
 from infra.consensus_commit.intents import IntentLog
 from infra.consensus_commit.manager import TransactionManager
 from infra.consensus_commit.metadata import transactional
@@ -138,6 +141,34 @@ async def test_what_a_batch_left_in_doubt_comes_to_rest_though_nobody_reads_it(b
         return await states() == [TransactionState.COMMITTED] and not await IntentLog(memory).all()
 
     await until(at_rest)
+    await view.stop()
+
+
+async def test_a_paused_view_decides_nothing_and_applies_at_the_end_of_the_pause_what_came_meanwhile() -> None:
+    """A backup's copy must not meet its decisions, where a batch is more than one write."""
+    storage = MemoryStorage(atomicity=Atomicity.PARTITION)
+    view = await started(storage)
+    states = CoordinatorStates(storage, ManualClock()).table
+
+    async def decided() -> int:
+        return sum([len(page) async for page in storage.pages(ScanAll(states))])
+
+    await view.apply([batch(message(placed(), offset=7))])
+    before = await decided()
+    assert before
+    assert await view.pause([PauseRequest("backup", 60.0, 10.0)]) == [True]
+
+    applying = asyncio.ensure_future(view.apply([batch(message(shipped(), offset=8, version=2))]))
+    await asyncio.sleep(0.1)
+    assert not applying.done()
+    assert await decided() == before
+    assert (await view.health([None]))[0].actor == "views-0"
+
+    assert await view.renew_pause([PauseRenewal("backup", 60.0)]) == [True]
+    assert await view.resume(["backup"]) == [True]
+    (applied,) = await applying
+    assert applied.written == 1
+    assert await decided() > before
     await view.stop()
 
 
