@@ -1,9 +1,10 @@
 """Chaos on the stack: some minutes of load and faults, and the judgement afterwards.
 
 The load begins in calm; then faults come one after the other with short pauses, first each kind once and then by
-weight, until the time is over and each kind has happened (in a long run: each failpoint, too). The load ends with the
-last fault. SETTLED_WITHIN_S later every command must be answered and no record in doubt, and then everything at rest
-is judged: by `concord check`, by an independent consumer's view of the topics, by sums, versions and the order in time.
+weight, until the time is over and each kind has happened. A long run goes on, half as much time again at most, until
+each failpoint has fired, too, and as many commands were published as it owes. The load ends with the last fault.
+SETTLED_WITHIN_S later every command must be answered and no record in doubt, and then everything at rest is judged: by
+`concord check`, by an independent consumer's view of the topics, by sums, versions and the order in time.
 
 The seed decides what is asked, which faults come in which order, whom they hit and for how long. What the machine
 makes of it is its own, so two runs of a seed have the same plan and not the same history.
@@ -35,6 +36,9 @@ COMMANDS_A_MINUTE = 20_000 / 30
 FAULTS_A_MINUTE = 120 / 30
 RATE_PER_S = 13.0
 """Somewhat more than COMMANDS_A_MINUTE, for the times in which nothing can be published."""
+
+OVERTIME_PART = 1 / 2
+"""How much longer a long run may take until it has done what it owes."""
 
 LONG_FROM_MINUTES = 20.0
 """A shorter run hurries from fault to fault, so that every kind has its turn: it owes neither COMMANDS_A_MINUTE, for
@@ -131,7 +135,7 @@ class _Run:
     async def _fire(self, until_s: float, working: asyncio.Future[None]) -> None:
         breaking = next(fault for fault in FAULTS if isinstance(fault.how, Break))
         for planned in schedule(self._seed, pause_s=PAUSE_LONG_S if self._long else PAUSE_SHORT_S):
-            if time.monotonic() > until_s and not self._missing_kinds() and not self._missing_failpoints():
+            if self._is_enough(until_s):
                 return
             for fault in [planned.fault, *([breaking] if self._missing_failpoints() else [])]:
                 await asyncio.sleep(planned.pause_s)
@@ -140,6 +144,13 @@ class _Run:
                 done = await self._injector.inject(fault)
                 self._done.append(done)
                 _say(f"{len(self._done):3} {_in_short(done)}; {len(self._client.unanswered())} unanswered")
+
+    def _is_enough(self, until_s: float) -> bool:
+        now_s = time.monotonic()
+        if now_s < until_s or self._missing_kinds() or self._missing_failpoints():
+            return False
+        owed = self._long and len(self._client.sent_at_s) < COMMANDS_A_MINUTE * self._minutes
+        return not owed or now_s > until_s + self._minutes * 60 * OVERTIME_PART
 
     def _missing_kinds(self) -> list[str]:
         return sorted({fault.name for fault in FAULTS} - {done.fault for done in self._done})
