@@ -111,9 +111,14 @@ def _sqlite(folder: Path) -> Iterator[Stored]:
         files.close()
 
 
+_ROWS_AT_ONCE = 500
+"""Cassandra refuses a page that meets 100,000 deletions, and every column that a commit has cleared is one."""
+
+
 class _CassandraKeyspaces:
     def __init__(self, session: Any) -> None:
         self._session = session
+        self._session.default_fetch_size = _ROWS_AT_ONCE
         self._columns: dict[str, list[str]] = {}
         columns = session.execute("SELECT keyspace_name, table_name, column_name FROM system_schema.columns")
         for keyspace, table, column in columns:

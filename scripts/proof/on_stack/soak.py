@@ -254,7 +254,7 @@ def _program(pid: int) -> str:
 
 def _count_rows(system: RunningSystem) -> dict[str, int]:
     with stored(system.directory) as storage:
-        return {name: len(storage.rows(name, storage.columns(name)[:1])) for name in storage.tables()}
+        return {name: storage.count(name) for name in storage.tables()}
 
 
 # --- comparing ---------------------------------------------------------------------------------------------------
