@@ -25,6 +25,13 @@ find_python() {
 
 # set_up REQUIREMENTS: .venv with these packages and with `concord` itself. The current directory is the project's.
 set_up() {
+  install_pinned "$1"
+  # A system is a dozen processes. Where Python may not write what it has compiled (PYTHONDONTWRITEBYTECODE, as in many
+  # containers), each would compile everything anew at each of its starts. It is for speed alone, and may fail.
+  .venv/bin/python -m compileall -q actors infra schemas scripts streams || true
+}
+
+install_pinned() {
   local requirements=$1 pip_options=(--disable-pip-version-check --no-input --quiet) python wanted
   wanted=$(cat "$requirements" pyproject.toml | cksum)
   if [ -x .venv/bin/concord ] && [ "$(cat ".venv/stamp-$requirements" 2>/dev/null)" = "$wanted" ]; then
