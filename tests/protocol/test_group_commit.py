@@ -16,6 +16,7 @@ import pytest
 from faults import Call, Crashed, FaultyStorage, Kind, Matcher, gets_of
 from protocol_world import ABORTED, ACCOUNT, COMMITTED, World, at_once, key, row
 
+from infra.consensus_commit import group_commit
 from infra.consensus_commit.coordinator import CHILD_IDS, CoordinatorStates, Pruned, StateRow, group_and_child
 from infra.consensus_commit.errors import (
     CommitConflictError,
@@ -124,7 +125,14 @@ class Held:
 
 
 @pytest.fixture
-async def groups() -> AsyncIterator[Groups]:
+def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups wait for their members however slow the machine is, but in the tests of those that are left behind."""
+    if "slow" not in request.node.name:
+        monkeypatch.setattr(group_commit, "SHORTEST_PATIENCE_S", 60.0)
+
+
+@pytest.fixture
+async def groups(patience: None) -> AsyncIterator[Groups]:
     made = Groups(MemoryStorage(Atomicity.PARTITION))
     await made.create()
     await made.given({number: 10 * number for number in range(1, ACCOUNTS + 1)})

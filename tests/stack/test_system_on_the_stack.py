@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections import Counter
 from typing import Any
 
@@ -14,9 +13,6 @@ import pytest
 from tests.end_to_end.harness import Sent, System, eventually, order, product, seeded, wallet
 
 pytestmark = pytest.mark.system
-
-SERVES_AGAIN_WITHIN_S = {"cassandra": 10.0, "kafka": 30.0}
-"""Until a new command on the keys last touched commits, once the server is up."""
 
 
 async def shop(system: System, name: str, *, customers: int = 1) -> None:
@@ -96,10 +92,9 @@ async def test_a_server_that_is_killed_under_load_comes_back_where_it_was_and_no
     await eventually(
         lambda: system.running.readiness()[STATE_OF[server]][server] == "ready", f"{server} to be up", within_s=90
     )
-    up_s = time.monotonic()
-    [again] = await system.send(commands[40], within_s=SERVES_AGAIN_WITHIN_S[server])
+    # How soon it serves again is for `scripts.proof recovery-times`, on a machine that does nothing else.
+    [again] = await system.send(commands[40])
     assert again["status"] == "committed"
-    assert time.monotonic() - up_s < SERVES_AGAIN_WITHIN_S[server]
 
     await system.publish_all(*commands[41:])
     answers = await system.answers(*(command.id for command in commands))
