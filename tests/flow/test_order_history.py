@@ -159,7 +159,7 @@ async def test_a_paused_view_decides_nothing_and_applies_at_the_end_of_the_pause
     assert await view.pause([PauseRequest("backup", 60.0, 10.0)]) == [True]
 
     applying = asyncio.ensure_future(view.apply([batch(message(shipped(), offset=8, version=2))]))
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.1)  # many turns of the loop: in memory an unpaused batch needs no time
     assert not applying.done()
     assert await decided() == before
     assert (await view.health([None]))[0].actor == "views-0"

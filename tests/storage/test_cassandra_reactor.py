@@ -146,7 +146,7 @@ async def test_a_server_that_falls_silent_is_noticed_and_reached_again_when_it_i
 async def test_heartbeats_take_up_no_room_on_a_connection_that_is_idle(cassandra: LocalCassandra) -> None:
     storage = CassandraStorage([cassandra.contact_point], cassandra.port)
     await storage.namespaces()
-    await asyncio.sleep(1.0)
+    await asyncio.sleep(1.0)  # ten heartbeats
 
     held = [connection.in_flight for pool in storage_pools(storage) for connection in pool.get_connections()]
     assert held
