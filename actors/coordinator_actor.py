@@ -105,6 +105,7 @@ class CoordinatorActor:
         self._room = asyncio.Semaphore(max_at_work)
         self._housekeeping: list[asyncio.Task[None]] = []
         self._turns = Turns()
+        self._sweeping = asyncio.Lock()
 
     async def start(self) -> None:
         """Create the coordinator's tables, register, and begin to settle what predecessors left."""
@@ -350,7 +351,15 @@ class CoordinatorActor:
         return pruned.committed + pruned.aborted
 
     async def sweep(self) -> int:
-        """Settle every intent that no living transaction of this coordinator holds; returns how many are left."""
+        """Settle every intent that no living transaction of this coordinator holds; returns how many are left.
+
+        One sweep at a time: another would put ABORTED for an intent that the first has just seen the end of, and leave
+        a row that no intent leads to.
+        """
+        async with self._sweeping:
+            return await self._sweep()
+
+    async def _sweep(self) -> int:
         living = frozenset(self._active)  # a transaction that ends while we read is settled by itself
         intents = await self._ours()
         in_doubt = [intent.created_at_ms for intent in intents if not intent.aborted]  # those are settled

@@ -298,7 +298,7 @@ class System:
         return answer
 
     async def open_shop(self, *, products: int = 2, quantity: int = 1000, customers: int = 2) -> None:
-        """Products p0… in each of the categories of CATEGORIES, and wallets of customers c0…"""
+        """Products p0… in each of the categories of CATEGORIES, and wallets of customers c0…; all of it at rest."""
         commands: list[tuple[str, Command]] = [
             (f"register-{category}-{number}", product(category, f"p{number}", quantity))
             for category in CATEGORIES
@@ -307,6 +307,11 @@ class System:
         commands += [(f"open-{number}", wallet(f"c{number}")) for number in range(customers)]
         answers = await self.send_all(commands)
         assert {answer.status for answer in answers} == {"committed"}, answers
+
+        async def nothing_is_left() -> bool:
+            return not await self.intents()
+
+        await until(nothing_is_left)  # An answer is given before its intent goes.
 
     # ---- messages and actors ---------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -791,6 +792,42 @@ async def test_rule_08_a_prepare_that_comes_late_is_undone_though_nobody_reads_a
 
         await until(the_row_is_gone)
         await system.check_at_rest()
+
+
+async def test_rule_08_sweeps_at_the_same_time_leave_no_row_without_its_intent(memory: Storage) -> None:
+    async with System(memory, sweep_interval_s=3600) as system:
+        coordinator = system.runtime.actor(COORDINATOR)
+        intents = IntentLog(system.storage.storage)
+        ours = Intent(
+            tx_id="0-ours",
+            coordinator=COORDINATOR,
+            coordinator_incarnation=coordinator.incarnation,
+            home="orders-0",
+            home_incarnation="",
+            partitions=(),
+            participants=(),
+            created_at_ms=0,
+        )
+        await intents.record([ours])
+        await coordinator.sweep()  # It is seen for the first time, and marked: its row may still be needed.
+        assert await intents.of(COORDINATOR) == [replace(ours, aborted=True)]
+        system.advance(QUICK.transaction_lifetime_ms / 1000 + 1)
+
+        held = system.storage.hold(writes_to("coordinator.state"))
+        async with in_background(coordinator.sweep()) as first:
+            await held.reached.wait()  # It has read the intent, and is about to put ABORTED.
+            others = asyncio.ensure_future(_one_after_another(coordinator.sweep, coordinator.sweep))
+            await asyncio.wait([others], timeout=0.1)
+            held.let_go()
+            await first
+            await others
+        assert await system.intents() == []
+        assert await system.state(ours.tx_id) is None
+
+
+async def _one_after_another(*steps: Callable[[], Awaitable[object]]) -> None:
+    for step in steps:
+        await step()
 
 
 # ---- 9: one conditional batch in flight --------------------------------------------------------------------------
