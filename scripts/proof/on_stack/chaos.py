@@ -1,8 +1,8 @@
 """Chaos on the stack: some minutes of load and faults, and the judgement afterwards.
 
 The load begins in calm; then faults come one after the other with short pauses, first each kind once and then by
-weight, until the time is over and each kind has happened. A long run goes on, half as much time again at most, until
-each failpoint has fired, too, and as many commands were published as it owes. The load ends with the last fault.
+weight, until the time is over and each kind has happened. A long run goes on until each failpoint has fired, too, and,
+half as much time again at most, until as many commands were published as it owes. The load ends with the last fault.
 SETTLED_WITHIN_S later every command must be answered and no record in doubt, and then everything at rest is judged: by
 `concord check`, by an independent consumer's view of the topics, by sums, versions and the order in time.
 
@@ -38,7 +38,7 @@ RATE_PER_S = 13.0
 """Somewhat more than COMMANDS_A_MINUTE, for the times in which nothing can be published."""
 
 OVERTIME_PART = 1 / 2
-"""How much longer a long run may take until it has done what it owes."""
+"""How much longer a long run may take until it has published what it owes."""
 
 LONG_FROM_MINUTES = 20.0
 """A shorter run hurries from fault to fault, so that every kind has its turn: it owes neither COMMANDS_A_MINUTE, for

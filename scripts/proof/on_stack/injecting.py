@@ -41,8 +41,10 @@ FIRES_WITHIN_S = 25.0
 STIMULATED_EVERY_S = 1.0
 DELAYED_BY_S = (0.05, 0.3)
 
-STIMULI: dict[str, str] = {"one_phase": "CheckAvailability", "home": "TopUpWallet"}
-"""What reaches a failpoint whose name begins so, if the load happens not to; orders for all others."""
+POISON = "poison"
+STIMULI: dict[str, str] = {"dead_letter": POISON, "one_phase": POISON, "home": "TopUpWallet"}
+"""What reaches a failpoint with this in its name, if the load happens not to; orders for all others. On Cassandra what
+one write commits is what has an outcome and nothing else, as dead letters have."""
 
 Publish = Callable[[Sequence[Message]], Awaitable[None]]
 Whole = Callable[[], bool]
@@ -208,12 +210,11 @@ class Injector:
         done.target = point
         before = len(fired(self._standing.failpoints))
         arm(self._standing.failpoints, list(FAILPOINTS_ARMED[point]))
-        stimulus = next((type for start, type in STIMULI.items() if point.startswith(start)), "PlaceOrder")
+        stimulus = next((type for part, type in STIMULI.items() if part in point), "PlaceOrder")
         until_s, asked_s = time.monotonic() + FIRES_WITHIN_S, 0.0
         while point not in done.fired and time.monotonic() < until_s:
             if time.monotonic() - asked_s > STIMULATED_EVERY_S:
-                poison = self._load.poison() if "dead_letter" in point else []
-                await self._publish([*poison, self._load.of_type(stimulus)])
+                await self._publish(self._load.poison() if stimulus == POISON else [self._load.of_type(stimulus)])
                 asked_s = time.monotonic()
             await asyncio.sleep(0.1)
             done.fired = fired(self._standing.failpoints)[before:]
