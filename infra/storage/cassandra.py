@@ -142,10 +142,10 @@ class CassandraStorage:
     `replication_strategy`; NetworkTopologyStrategy puts them into `local_dc`. `replication` names the copies by data
     centre instead. `compaction_strategy` (STCS, LCS, TWCS or UCS) is that of new tables, None leaves it to the server.
     `only_authenticated` refuses nodes that let everybody in, `allow_periodic` takes nodes that keep an acknowledged
-    write in memory alone for a while. A request fails after `request_timeout_s` without an
-    answer; `max_in_flight` requests are outstanding at most, further ones wait. `max_mutations` 0 takes a batch of any
-    size, as far as the server does (Paxos writes it twice; some dozens of rows are best). `index_timeout_s`: how long
-    `create_index` waits for the rows that are there.
+    write in memory alone for a while. A request fails after `request_timeout_s` without an answer (connecting has 5
+    seconds at least); `max_in_flight` requests are outstanding at most, further ones wait. `max_mutations` 0 takes a
+    batch of any size, as far as the server does (Paxos writes it twice; some dozens of rows are best).
+    `index_timeout_s`: how long `create_index` waits for the rows that are there.
 
     Raises UnavailableStorageError with a remedy at the first call if the cluster cannot be reached, if a node says
     `commitlog_sync: periodic`, or if a quorum of a keyspace's replicas is not up.

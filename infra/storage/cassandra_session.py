@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 MAX_PREPARED_STATEMENTS = 2_000
 _RECONNECT_DELAY_S = 0.5
 _LOOKS_FOR_ENDED_CONNECTIONS_EVERY_S = 5
+_CONNECTS_WITHIN_S = 5.0
+"""At least: connecting takes a dozen requests of its own, and a client's deadline may be short."""
 _ADMINISTRATION_TIMEOUT_S = 60.0
 _SCHEMA_AGREEMENT_WAIT_S = 30
 _SETTING = "SELECT value FROM system_views.settings WHERE name = '{name}'"
@@ -303,6 +305,7 @@ class CassandraSession:
             request_timeout=settings.request_timeout_s,
             row_factory=tuple_factory,
         )
+        connects_within_s = max(settings.request_timeout_s, _CONNECTS_WITHIN_S)
         cluster = None
         try:
             cluster = Cluster(
@@ -317,8 +320,8 @@ class CassandraSession:
                 max_schema_agreement_wait=_SCHEMA_AGREEMENT_WAIT_S,
                 # Connections send their own heartbeats; with this the driver sees which have ended.
                 idle_heartbeat_interval=_LOOKS_FOR_ENDED_CONNECTIONS_EVERY_S,
-                connect_timeout=settings.request_timeout_s,
-                control_connection_timeout=settings.request_timeout_s,
+                connect_timeout=connects_within_s,
+                control_connection_timeout=connects_within_s,
             )
             session = cluster.connect()
         except Exception as error:
