@@ -49,7 +49,7 @@ T = DataType
 NAMESPACE = "faults"
 TABLE = TableSchema(NAMESPACE, "Things", {"id": T.TEXT, "n": T.INT, "v": T.INT, "w": T.TEXT}, ("id",), ("n",))
 PLAIN = TableSchema(NAMESPACE, "plain", {"id": T.TEXT, "v": T.INT}, ("id",))
-TIMEOUT_S = 1.0
+TIMEOUT_S = 2.0
 
 
 def at(name: str, n: int = 0) -> Key:
