@@ -75,6 +75,15 @@ ANSWER_WITHIN_S = 5.0
 FUTILE_STARTS = 4
 """A worker that ends so often without ever having been ready makes the start of the system fail."""
 
+RAY_DEFAULTS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # What the dashboard lists of past tasks. To Ray each message to an actor is a task, and takes 3 kB of gcs_server as
+    # long as it is listed: at its own default, a hundred thousand, it grows by 300 MB.
+    "RAY_task_events_max_num_task_in_gcs": "10000",
+    "RAY_task_events_max_dropped_task_attempts_tracked_per_job_in_gcs": "10000",
+}
+"""The environment of the Ray that is started here, as far as the user has not set it otherwise."""
+
 RAY_STARTS = 3
 """How often Ray is started before the start of the system fails."""
 
@@ -142,7 +151,7 @@ async def _run(
     await asyncio.to_thread(clear_metrics, settings.data_dir / "metrics")
     run = str(uuid.uuid4())
     os.environ[guard.MARK] = run
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.update(RAY_DEFAULTS | os.environ)
     guardian = Guard(run)
     try:
         await _Supervisor(settings, parts, outside, run, guardian, on_ready, progress).run()

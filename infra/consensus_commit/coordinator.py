@@ -59,7 +59,8 @@ Sleep = Callable[[float], Awaitable[None]]
 CHILD_IDS = "tx_child_ids"
 OPTIONAL_COLUMNS: Mapping[str, DataType] = {CHILD_IDS: DataType.TEXT, "tx_write_set": DataType.BLOB}
 """What the state table has besides where a Java program made it, with group commit or write-set logging on."""
-_KNOWN_AT_MOST = 10_000
+_KNOWN_AT_MOST = 2_000
+"""Decisions remembered without asking: those whose records may not say so yet, twice over. 600 kB."""
 
 PRUNED_AT_ONCE = 1_000
 """Old rows that a pruning holds in memory, and for which it reads the intents once."""
