@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,7 @@ from infra.consensus_commit.participant import ParticipantTransaction
 from infra.consensus_commit.recovery import RecoveryHandler
 from infra.consensus_commit.states import Isolation, TransactionState
 from infra.failpoints import reach
+from infra.recent import Recent
 from infra.storage.errors import StorageError
 from infra.storage.port import Storage
 from infra.tracing import HANDLE, OFF, PARTICIPATE, Span, Tracer
@@ -62,8 +63,9 @@ from schemas.message import Command
 
 log = structlog.get_logger()
 
+ENDED_REMEMBERED_S = 60.0
 ENDED_REMEMBERED = 10_000
-"""How many ended transactions a participant remembers."""
+"""How long a participant remembers that a transaction has ended, and of how many at most."""
 
 
 @dataclass(eq=False)
@@ -145,7 +147,7 @@ class Participation:
         self._workspaces: dict[str, Workspace] = {}
         self._coming_to_rest: set[asyncio.Task[None]] = set()
         """Transactions that are committed and closed here, and whose records do not all say so yet."""
-        self._ended: dict[str, None] = {}
+        self._ended: Recent[str, None] = Recent(clock, for_s=ENDED_REMEMBERED_S, most=ENDED_REMEMBERED)
         self._home_incarnations: dict[str, str] = {}
         self.draining = False
         """Whether transactions that are new here are sent back to their homes, which try again."""
@@ -201,7 +203,7 @@ class Participation:
         workspace.wake()
         if self._workspaces.get(workspace.tx_id) is workspace:
             del self._workspaces[workspace.tx_id]
-        self._remember_end(workspace.tx_id)
+        self._ended.put(workspace.tx_id, None)
 
     def close_all(self) -> None:
         """Let go of everything: this actor stops."""
@@ -330,53 +332,45 @@ class Participation:
 
     async def prepare(self, request: Prepare) -> Verdict:
         """Write the records of exactly the calls that the coordinator names."""
-        with self._phase("prepare", request) as span:
-            verdict = await self._prepare(request)
-            if verdict.trouble is not None:
-                span.fail(verdict.trouble)
-            return verdict
 
-    async def _prepare(self, request: Prepare) -> Verdict:
-        workspace, verdict = self._look_up(request.tx_id, request.incarnation, request.calls)
-        if workspace is None:
-            return verdict
-        workspace.owner.prepared = True
-        async with workspace.phase:
-            if workspace.closed:
-                return Verdict(Trouble.FORGOTTEN, self.actor)
+        async def write(workspace: Workspace) -> None:
             workspace.may_have_written = True
-            try:
-                await workspace.records.prepare_records(request.prepared_at_ms)
-            except Exception as error:
-                return _verdict(error)
-            finally:
-                workspace.touched_at_s = self._clock.monotonic_s()
-        return Verdict()
+            await workspace.records.prepare_records(request.prepared_at_ms)
+
+        return await self._take_part("prepare", request, write)
 
     async def validate(self, request: Validate) -> Verdict:
         """Is everything that was read still so? Of a refused command the writes are dropped first (rule 3)."""
-        with self._phase("validate", request) as span:
-            verdict = await self._validate(request)
+
+        async def read_again(workspace: Workspace) -> None:
+            if request.drop_writes:
+                workspace.records.drop_writes()
+            await workspace.records.validate_records()
+
+        return await self._take_part("validate", request, read_again)
+
+    async def _take_part(
+        self, phase: str, request: Prepare | Validate, step: Callable[[Workspace], Awaitable[None]]
+    ) -> Verdict:
+        with self._phase(phase, request) as span:
+            workspace, verdict = self._look_up(request.tx_id, request.incarnation, request.calls)
+            if workspace is not None:
+                workspace.owner.prepared = True
+                async with workspace.phase:
+                    verdict = await self._verdict_of(workspace, step)
             if verdict.trouble is not None:
                 span.fail(verdict.trouble)
             return verdict
 
-    async def _validate(self, request: Validate) -> Verdict:
-        workspace, verdict = self._look_up(request.tx_id, request.incarnation, request.calls)
-        if workspace is None:
-            return verdict
-        workspace.owner.prepared = True
-        async with workspace.phase:
-            if workspace.closed:
-                return Verdict(Trouble.FORGOTTEN, self.actor)
-            try:
-                if request.drop_writes:
-                    workspace.records.drop_writes()
-                await workspace.records.validate_records()
-            except Exception as error:
-                return _verdict(error)
-            finally:
-                workspace.touched_at_s = self._clock.monotonic_s()
+    async def _verdict_of(self, workspace: Workspace, step: Callable[[Workspace], Awaitable[None]]) -> Verdict:
+        if workspace.closed:
+            return Verdict(Trouble.FORGOTTEN, self.actor)
+        try:
+            await step(workspace)
+        except Exception as error:
+            return _verdict(error)
+        finally:
+            workspace.touched_at_s = self._clock.monotonic_s()
         return Verdict()
 
     async def commit(self, request: CommitRecords) -> bool:
@@ -387,7 +381,7 @@ class Participation:
     async def _commit(self, request: CommitRecords) -> bool:
         workspace = self._workspaces.get(request.tx_id)
         if workspace is None:
-            self._remember_end(request.tx_id)
+            self._ended.put(request.tx_id, None)
             return False
         async with workspace.phase:
             if workspace.closed:
@@ -415,7 +409,7 @@ class Participation:
     async def _rollback(self, request: Rollback) -> bool:
         workspace = self._workspaces.get(request.tx_id)
         if workspace is None:
-            self._remember_end(request.tx_id)
+            self._ended.put(request.tx_id, None)
             return False
         async with workspace.phase:
             if workspace.closed:
@@ -439,7 +433,7 @@ class Participation:
         if workspace is not None:
             async with workspace.phase:  # after a prepare that is under way; later ones find no workspace
                 self.close(workspace)
-        self._remember_end(request.tx_id)
+        self._ended.put(request.tx_id, None)
         try:
             for namespace, name, partition in request.partitions:
                 schema = self._schemas.get(f"{namespace}.{name}")
@@ -501,11 +495,6 @@ class Participation:
         for workspace in list(self._workspaces.values()):
             if workspace.home == home and workspace.home_incarnation != incarnation and not workspace.owner.prepared:
                 self.close(workspace)
-
-    def _remember_end(self, tx_id: str) -> None:
-        self._ended[tx_id] = None
-        if len(self._ended) > ENDED_REMEMBERED:
-            del self._ended[next(iter(self._ended))]
 
     def _look_up(self, tx_id: str, incarnation: str, calls: int) -> tuple[Workspace | None, Verdict]:
         workspace = self._workspaces.get(tx_id)

@@ -28,7 +28,7 @@ def murmur2(data: bytes) -> int:
     return h ^ (h >> 15)
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=512)
 def slot(key: str | bytes, count: int) -> int:
     """Which of `count` buckets, partitions or slices `key` falls into, from 0. Text counts as its UTF-8 bytes."""
     data = key.encode("utf-8", "surrogatepass") if isinstance(key, str) else key

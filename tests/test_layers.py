@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ENGINE = ("infra/__init__.py", "infra/clock.py", "infra/failpoints.py", "infra/storage", "infra/consensus_commit")
+ENGINE = (
+    "infra/__init__.py",
+    "infra/clock.py",
+    "infra/failpoints.py",
+    "infra/recent.py",
+    "infra/storage",
+    "infra/consensus_commit",
+)
 """What stands alone. `failpoints` are no-ops that the engine's steps are named by."""
 
 NOT_ENGINE = {

@@ -23,6 +23,6 @@ once, decides a transaction. The columns, states and conditions are ScalarDB 3.1
 `states.py` and `metadata.py` are the format on disk, `errors.py` what a caller may meet, `retry.py` when to try again.
 What is guaranteed on which storage, with examples: `README.md`.
 
-Nothing here knows of Kafka, Ray, pydantic or any domain: these files, `infra/storage`, `infra/clock.py` and
-`infra/failpoints.py` are a library of their own.
+Nothing here knows of Kafka, Ray, pydantic or any domain: these files, `infra/storage`, `infra/clock.py`,
+`infra/failpoints.py` and `infra/recent.py` are a library of their own.
 """

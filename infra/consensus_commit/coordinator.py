@@ -22,7 +22,6 @@ Source: ScalarDB's CoordinatorStateAccessor and CommitHandler. Never touches use
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -33,6 +32,7 @@ from infra.consensus_commit.intents import Intent, IntentLog, records_intent
 from infra.consensus_commit.parallel import in_parallel
 from infra.consensus_commit.states import TransactionState
 from infra.failpoints import reach
+from infra.recent import Recent
 from infra.storage.errors import (
     NoMutationError,
     UnavailableStorageError,
@@ -59,8 +59,9 @@ Sleep = Callable[[float], Awaitable[None]]
 CHILD_IDS = "tx_child_ids"
 OPTIONAL_COLUMNS: Mapping[str, DataType] = {CHILD_IDS: DataType.TEXT, "tx_write_set": DataType.BLOB}
 """What the state table has besides where a Java program made it, with group commit or write-set logging on."""
+_KNOWN_FOR_S = 60.0
 _KNOWN_AT_MOST = 2_000
-"""Decisions remembered without asking: those whose records may not say so yet, twice over. 600 kB."""
+"""Decisions remembered without asking: those whose records may not say so yet, many times over. At most 600 kB."""
 
 PRUNED_AT_ONCE = 1_000
 """Old rows that a pruning holds in memory, and for which it reads the intents once."""
@@ -135,7 +136,7 @@ class CoordinatorStates:
             partition_key=("tx_id",),
         )
         self._is_adopted = False
-        self._known: OrderedDict[str, StateRow] = OrderedDict()
+        self._known: Recent[str, StateRow] = Recent(clock, for_s=_KNOWN_FOR_S, most=_KNOWN_AT_MOST)
 
     async def create_tables(self) -> None:
         """Create the state table if it is absent. One that ScalarDB made, with more columns, is left as it is.
@@ -206,9 +207,7 @@ class CoordinatorStates:
         return CHILD_IDS in self.table.columns
 
     def _remember(self, decided: StateRow) -> StateRow:
-        self._known[decided.tx_id] = decided
-        if len(self._known) > _KNOWN_AT_MOST:
-            self._known.popitem(last=False)
+        self._known.put(decided.tx_id, decided)
         return decided
 
     async def commit_state(self, tx_id: str, committed_at_ms: int) -> None:
@@ -383,7 +382,7 @@ class CoordinatorStates:
         has every participant's word, or knows their processes gone. Storage errors pass through.
         """
         await self._adopt()
-        self._known.pop(state.tx_id, None)
+        self._known.drop(state.tx_id)
         still = If((ColumnCondition("tx_state", Operator.EQ, state.state.value),))
         try:
             await self._storage.mutate([Delete(self.table, Key((state.tx_id,)), still)])
