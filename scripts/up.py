@@ -81,6 +81,11 @@ RAY_DEFAULTS = {
     # long as it is listed: at its own default, a hundred thousand, it grows by 300 MB.
     "RAY_task_events_max_num_task_in_gcs": "10000",
     "RAY_task_events_max_dropped_task_attempts_tracked_per_job_in_gcs": "10000",
+    # Ray's processes have some thirty threads each. In its servers (jemalloc) each thread keeps freed blocks to itself,
+    # and half an hour goes by until all have their fill; in actors (glibc) each fragments an arena of its own.
+    "MALLOC_CONF": "narenas:1,tcache:false",
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
 }
 """The environment of the Ray that is started here, as far as the user has not set it otherwise."""
 

@@ -332,16 +332,17 @@ async def test_ray_that_does_not_start_the_first_time_is_tried_again(world: Worl
         assert world.events.count("ray started") == up.RAY_STARTS
 
 
-async def test_ray_lists_fewer_past_tasks_than_by_its_own_default_unless_the_user_says_how_many(
+async def test_what_keeps_rays_processes_small_is_set_unless_the_user_has_set_it_otherwise(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listed, dropped = (name for name in up.RAY_DEFAULTS if "task_events" in name)
-    monkeypatch.setenv(listed, "7")
-    monkeypatch.setenv(dropped, "")  # So that it is as before when this test is over.
-    monkeypatch.delenv(dropped)
+    chosen, *others = up.RAY_DEFAULTS
+    for name in up.RAY_DEFAULTS:
+        monkeypatch.setenv(name, "7")
+    for name in others:
+        monkeypatch.delenv(name)
 
     async with running(world):
-        assert (os.environ[listed], os.environ[dropped]) == ("7", up.RAY_DEFAULTS[dropped])
+        assert {name: os.environ[name] for name in up.RAY_DEFAULTS} == {**up.RAY_DEFAULTS, chosen: "7"}
 
 
 async def test_a_start_without_ray_fails_and_takes_kafka_back(world: World) -> None:

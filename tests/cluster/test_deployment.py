@@ -13,6 +13,7 @@ import typer
 import yaml
 
 from infra.config import Settings, describe_settings, load_settings
+from scripts.up import RAY_DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "infra" / "deploy"
@@ -154,7 +155,7 @@ def test_every_setting_that_is_named_is_one() -> None:
     known = {line.variable for line in describe_settings(Settings())}
     named = {name for pods in PODS for container in pods.containers for name in environment(container)}
 
-    assert {name for name in SETTINGS if name not in known} == set()
+    assert {name for name in SETTINGS if name not in known} == set(RAY_DEFAULTS)
     assert {name for name in named if name.startswith("CONCORD_") and name not in known} == set()
 
 
@@ -236,6 +237,10 @@ def test_ray_asks_for_the_token_that_the_programs_present() -> None:
         told = {variable["name"]: variable["value"] for variable in node["env"]}
         assert told == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": SETTINGS["CONCORD_RAY__TOKEN_FILE"]}
         assert node["args"][0] == f"--address={ray['metadata']['name']}-head-svc:6379"
+
+
+def test_what_keeps_rays_processes_small_is_as_where_we_start_ray() -> None:
+    assert {name: value for name, value in SETTINGS.items() if name in RAY_DEFAULTS} == RAY_DEFAULTS
 
 
 def test_one_image_is_used_and_the_dockerfile_copies_every_package() -> None:
