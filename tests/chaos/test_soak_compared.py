@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
-from scripts.proof.on_stack.soak import PRUNED_BY, Sample, grown_processes, grown_tables
+from scripts.proof.on_stack.soak import PRUNED_BY, Sample, grown_processes, grown_tables, without_files_of
 from scripts.proof.stored import stored_at
 
 MINUTES = 60.0
@@ -25,7 +25,7 @@ def samples(*, warm_mb: float = 100, end_mb: float = 100, descriptors: int = 50)
 
 def test_growth_before_the_tenth_minute_is_none() -> None:
     [process] = grown_processes(samples(), MINUTES).values()
-    assert process["growth"] == {"pss": 0.0, "rss": 0.0, "descriptors": 0.0}
+    assert process["growth"] == {"pss": 0.0, "rss": 0.0, "descriptors": 0.0, "files": 0.0}
     assert process["pss_mb"] == [100.0, 100.0]
 
 
@@ -40,6 +40,13 @@ def test_one_moment_decides_nothing() -> None:
     restless[-1] = {"worker-0": Sample(1, 900 * MEBIBYTE, 900 * MEBIBYTE, 900)}
     [process] = grown_processes(restless, MINUTES).values()
     assert process["growth"]["pss"] == 0.0
+
+
+def test_a_file_of_the_data_is_no_descriptor_unless_it_is_opened_twice_or_deleted() -> None:
+    data = ["/data/a-Data.db", "/data/a-Index.db"]
+    assert without_files_of(Path("/data"), [*data, "socket:[1]", "/lib/x.jar"]) == (2, 2)
+    assert without_files_of(Path("/data"), [*data, "/data/a-Index.db", "/data/old-Data.db (deleted)"]) == (2, 2)
+    assert without_files_of(Path("/data"), ["/database/a-Data.db"]) == (1, 0)
 
 
 def test_tables_that_grow_are_named_and_each_table_of_the_system_has_its_pruning() -> None:

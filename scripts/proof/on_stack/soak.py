@@ -10,7 +10,10 @@ soaked, and fails the run.
     rss           told beside it: everything, those pages included
     heaps         the servers' heaps are fixed, and touched when they start, so that growth is not a heap in its first
                   use; one that leaks ends its server (-XX:+ExitOnOutOfMemoryError)
-    descriptors   open files and sockets
+    descriptors   open files and sockets, but for the files below
+    files         told beside them: files of the system's own directory. A server opens more as its data grows, and
+                  Cassandra fewer as it compacts. One counts once, and only as long as it is in its place: what is
+                  opened again and again, or held though it is deleted, is a descriptor
 
 Tables grow with the work. Each that does must be in PRUNED_BY, which says what takes its rows away, or why they stay.
 """
@@ -25,6 +28,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +51,8 @@ COMPARED_PART = 1 / 12
 """So much of the run is compared with so much of it: its end with what follows the warm-up."""
 
 GROWTH_AT_MOST = 0.05
+COUNTS = ("descriptors", "files")
+JUDGED = ("pss", "descriptors")
 DRAINED_WITHIN_S = 120.0
 COMMITTED_AT_LEAST = 0.95
 KIBIBYTE = 1024
@@ -85,6 +91,7 @@ class Sample:
     pss_bytes: int
     rss_bytes: int
     descriptors: int
+    files: int = 0
 
 
 def prove_soak(directory: Path, *, profile: str, minutes: float, rate: float, seed: int = 1) -> Report:
@@ -175,7 +182,7 @@ def _holds(
         f"{name} grew: {what} by {grown:.1%}"
         for name, process in grown_processes(samples, minutes).items()
         for what, grown in process["growth"].items()
-        if what != "rss" and grown > GROWTH_AT_MOST
+        if what in JUDGED and grown > GROWTH_AT_MOST
     ]
     broken += [f"{name} was replaced during the run" for name in _replaced(samples, minutes)]
     broken += [f"{name} grows, and nothing says what prunes it" for name in grown_tables(rows) if name not in PRUNED_BY]
@@ -222,7 +229,8 @@ def _sample(system: RunningSystem, names: dict[int, str]) -> dict[str, Sample]:
         if memory is None:
             continue
         name = name if name not in found else f"{name} {each.pid}"
-        found[name] = Sample(each.pid, memory["Pss"] - memory["Pss_File"], memory["Rss"], _descriptors(each.pid))
+        descriptors, files = _descriptors(each.pid, system.directory)
+        found[name] = Sample(each.pid, memory["Pss"] - memory["Pss_File"], memory["Rss"], descriptors, files)
     return found
 
 
@@ -235,11 +243,23 @@ def _memory(pid: int) -> dict[str, int] | None:
     return found if {"Pss", "Pss_File", "Rss"} <= found.keys() else None
 
 
-def _descriptors(pid: int) -> int:
+def _descriptors(pid: int, directory: Path) -> tuple[int, int]:
+    """How many there are without the files of `directory`, and how many these are."""
+    targets = []
     try:
-        return len(os.listdir(f"/proc/{pid}/fd"))
+        with os.scandir(f"/proc/{pid}/fd") as entries:
+            for entry in entries:
+                with suppress(OSError):  # it was closed meanwhile
+                    targets.append(os.readlink(entry.path))
     except OSError:
-        return 0
+        return 0, 0
+    return without_files_of(directory.resolve(), targets)
+
+
+def without_files_of(directory: Path, targets: Sequence[str]) -> tuple[int, int]:
+    """Of what descriptors lead to, as /proc tells it: those but the files of `directory`, and these files."""
+    files = {target for target in targets if target.startswith(f"{directory}/") and not target.endswith(" (deleted)")}
+    return len(targets) - len(files), len(files)
 
 
 def _program(pid: int) -> str:
@@ -276,14 +296,14 @@ def grown_processes(samples: Sequence[Mapping[str, Sample]], minutes: float) -> 
     for name in sorted({name for each in early for name in each} & {name for each in late for name in each}):
         figures = {
             what: (_median(early, name, what), _median(late, name, what))
-            for what in ("pss_bytes", "rss_bytes", "descriptors")
+            for what in ("pss_bytes", "rss_bytes", *COUNTS)
         }
         found[name] = {
             "pss_mb": [round(value / 2**20, 1) for value in figures["pss_bytes"]],
             "rss_mb": [round(value / 2**20, 1) for value in figures["rss_bytes"]],
-            "descriptors": list(figures["descriptors"]),
+            **{what: list(figures[what]) for what in COUNTS},
             "growth": {
-                what.removesuffix("_bytes"): round(late_value / max(1.0, early_value) - 1, 4)
+                what.removesuffix("_bytes"): round(max(1.0, late_value) / max(1.0, early_value) - 1, 4)
                 for what, (early_value, late_value) in figures.items()
             },
         }
