@@ -15,6 +15,7 @@ import asyncio
 import fcntl
 import os
 import signal
+import threading
 from pathlib import Path
 
 FAILPOINTS = (
@@ -83,7 +84,9 @@ async def reach(name: str) -> None:
     elif action == "sleep":
         await asyncio.sleep(2)
     elif action == "hang":
-        os.kill(os.getpid(), signal.SIGSTOP)
+        # To this very thread: sent to the process, it is some other thread that takes it, and this one goes on until
+        # that has happened, into the next step and perhaps the middle of a write.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
     else:
         raise ValueError(f"failpoint {name}: unknown action {action!r}")
 
