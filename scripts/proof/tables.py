@@ -71,6 +71,11 @@ def aborted(directory: Path) -> set[str]:
     return {row["tx_id"] for row in _rows(directory, "coordinator.state") if row["tx_state"] == ABORTED}
 
 
+def intents(directory: Path) -> set[str]:
+    """The transactions of which a coordinator has work left, be it only to forget that they were aborted."""
+    return {row["tx_id"] for row in _rows(directory, "coordinator.intents")}
+
+
 def comparable_rows(directory: Path, name: str, *, wanted: Callable[[Row], bool] = lambda row: True) -> list[str]:
     """The rows of a table without times, transaction ids and versions, each as one line of JSON, sorted.
 

@@ -13,7 +13,7 @@ from collections import Counter
 
 import pytest
 
-from scripts.proof.tables import aborted, in_doubt
+from scripts.proof.tables import aborted, in_doubt, intents
 from tests.end_to_end.harness import Sent, System, eventually, order, product, seeded, wallet
 
 pytestmark = pytest.mark.system
@@ -145,8 +145,10 @@ async def test_a_coordinator_that_slept_through_its_transaction_is_overruled_and
     name = "sleeper"
     await open_shop(system, name)
     commands = work(name)[:10]
-    # One alone: a process that is stopped within a SQLite transaction keeps that file from everybody.
+    # One alone, with nothing of earlier ones left: a process that is stopped within a SQLite transaction keeps that
+    # file from everybody.
     first, *others = commands
+    await eventually(lambda: not intents(system.directory), "the coordinator to have nothing left to do", within_s=60)
     before, decided = system.arm("coordinator.after_prepare=hang@1"), aborted(system.directory)
 
     await system.publish_all(first)
