@@ -297,8 +297,11 @@ async def test_scenario_18_two_readers_that_recover_at_once_have_one_effect(
 async def test_scenario_18_two_readers_of_one_process_share_a_recovery(world: World) -> None:
     await world.given({1: 10})
     await world.orphan(BY_GET.update, COMMITTED)
+    both_have_read = asyncio.Event()
+    world.storage.visit_before(writes_to(ACCOUNT), both_have_read.wait)
 
     await asyncio.gather(BY_GET(world.begin()), BY_GET(world.begin()))
+    both_have_read.set()
     await world.settled()
 
     writes = [call for call in world.storage.calls if call.method == "mutate"]
