@@ -91,6 +91,10 @@ class CommandClient:
         self._positions: dict[TopicPartition, int] = {}
         self._waiting: dict[tuple[str, str | None], list[Submitted]] = {}
         self._unconfirmed: dict[int, Submitted] = {}
+        self._placeless: set[int] = set()
+        """Numbers of the commands without an id whose place is not known yet."""
+        self._early: dict[str, Answer] = {}
+        """By id, answers that nobody expects, for as long as there are such commands."""
         self._submitted = 0
         self._to_send = asyncio.Event()
         self._failed = False
@@ -138,7 +142,9 @@ class CommandClient:
             loop.create_future(),
             span=span,
         )
-        if id is not None:
+        if id is None:
+            self._placeless.add(submitted.number)
+        else:
             self._expect(submitted, id)
         self._unconfirmed[submitted.number] = submitted
         self._to_send.set()
@@ -224,13 +230,18 @@ class CommandClient:
                 submitted.span.end()
                 submitted.delivered.set_result(place)
             if submitted.id is None:
-                place = done.result()
-                raw = RawMessage(place.topic, place.partition, place.offset, 0, None, (), None)
-                self._expect(submitted, derived_id(raw))
+                self._expect_under_its_place(submitted, done.result())
         elif isinstance(error, BrokerUnavailableError | DeliveryFailedError):
             self._send_again()
         else:
             self._give_up(submitted, error)
+
+    def _expect_under_its_place(self, submitted: Submitted, place: Delivery) -> None:
+        id = derived_id(RawMessage(place.topic, place.partition, place.offset, 0, None, (), None))
+        self._expect(submitted, id)
+        if id in self._early:  # The answer was here before the broker's word that the command is stored.
+            self._resolve(self._early[id], time.monotonic())
+        self._forget_place_of(submitted)
 
     def _send_again(self) -> None:
         self._failed = True
@@ -240,6 +251,7 @@ class CommandClient:
         if self._unconfirmed.pop(submitted.number, None) is not None:
             submitted.span.fail(type(error).__name__)
             submitted.span.end()
+            self._forget_place_of(submitted)
         for future in (submitted.answer, submitted.delivered):
             if not future.done():
                 future.set_exception(error)
@@ -269,11 +281,22 @@ class CommandClient:
             answer = Answer.from_json(value or b"")
         except ValidationError:
             return  # not one of ours
-        for key in ((answer.id, answer.digest), (answer.id, None)):
-            for submitted in self._waiting.pop(key, ()):
-                submitted.answered_at_s = now_s
-                if not submitted.answer.done():
-                    submitted.answer.set_result(answer)
+        if not self._resolve(answer, now_s) and self._placeless:
+            self._early[answer.id] = answer
+
+    def _resolve(self, answer: Answer, now_s: float) -> bool:
+        """Whether somebody waited for it."""
+        waited = [*self._waiting.pop((answer.id, answer.digest), ()), *self._waiting.pop((answer.id, None), ())]
+        for submitted in waited:
+            submitted.answered_at_s = now_s
+            if not submitted.answer.done():
+                submitted.answer.set_result(answer)
+        return waited != []
+
+    def _forget_place_of(self, submitted: Submitted) -> None:
+        self._placeless.discard(submitted.number)
+        if not self._placeless:
+            self._early.clear()
 
     # --- connections ----------------------------------------------------------------------------------------------
 

@@ -135,6 +135,31 @@ async def test_a_command_without_a_readable_id_is_answered_under_its_place(topic
     assert answer.id == f"unreadable:payment.commands:{place.partition}:{place.offset}"
 
 
+async def test_an_answer_that_is_here_before_the_place_of_its_command_is_known_is_not_lost(
+    topics: LocalKafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bootstrap() -> str:
+        return topics.bootstrap_servers
+
+    confirm, confirmations = CommandClient._on_delivery, []
+    monkeypatch.setattr(CommandClient, "_on_delivery", lambda *confirmation: confirmations.append(confirmation))
+    nameless = raw("OpenWallet", b"\x80", key="k", id=None, topic=None, headers=["ce_id="], time_ms=0)
+    async with CommandClient(bootstrap, ["payment"]) as client, answering(bootstrap):
+        submitted = submit(client, nameless)
+        async with asyncio.timeout(30):
+            while not client._early:  # noqa: ASYNC110 - until its answer has been read
+                await asyncio.sleep(0.02)
+        assert not submitted.answer.done()
+
+        [confirmation] = confirmations
+        confirm(*confirmation)
+
+        place = submitted.delivered.result()
+        assert submitted.answer.result().id == f"unreadable:payment.commands:{place.partition}:{place.offset}"
+        assert submitted.latency_s > 0
+        assert client._early == {}
+
+
 async def test_the_same_id_with_another_payload_gets_the_answer_to_its_own(topics: LocalKafka) -> None:
     def bootstrap() -> str:
         return topics.bootstrap_servers
