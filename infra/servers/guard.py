@@ -29,6 +29,8 @@ MARK = "CONCORD_RUN"
 """The environment variable whose value marks the processes of one run."""
 
 _PAUSE_S = 0.1
+_LOOKS = 2
+"""How often in a row none must be found: one that has just been started shows no environment for a moment."""
 _PATIENCE_S = 30.0
 """How long the guard tries before it leaves what SIGKILL does not end (a process in an uninterruptible wait)."""
 
@@ -88,14 +90,16 @@ def _environment(pid: int) -> list[bytes]:
 def kill_all(run: str, *, patience_s: float = _PATIENCE_S) -> bool:
     """SIGKILL the processes of `run` until none is left; False if some were still there after `patience_s`."""
     until = time.monotonic() + patience_s
+    looks = 0
     while True:
         pids = marked(run)  # an ended process that nobody has waited for has no environment any more
-        if not pids:
+        looks = 0 if pids else looks + 1
+        if looks == _LOOKS:
             return True
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        if time.monotonic() > until:
+        if pids and time.monotonic() > until:
             return False
         time.sleep(_PAUSE_S)
 

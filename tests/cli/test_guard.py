@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 
@@ -71,7 +72,7 @@ def test_after_sigkill_of_the_holder_marked_processes_end_and_others_live(spawn:
     assert holder.stdout is not None
     orphan = int(holder.stdout.readline())
     guard_pid = int(holder.stdout.readline().split()[1])
-    assert orphan in guard.marked(run)
+    wait_until_marked(orphan, run)
     assert guard_pid not in guard.marked(run)
 
     holder.kill()
@@ -101,18 +102,25 @@ def test_a_guard_is_deaf_to_the_signals_of_a_terminal_and_of_a_process_group(spa
     assert sleeper.wait(20) == -signal.SIGKILL
 
 
-def wait_until_deaf(pid: int) -> None:
-    """Until the guard has said so to the kernel: SigIgn of its status has SIGTERM (bit 14)."""
-    import time
+def wait_until_marked(pid: int, run: str) -> None:
+    """A process that is just beginning has no environment yet."""
+    until = time.monotonic() + 20
+    while pid not in guard.marked(run):
+        assert time.monotonic() < until, "its environment has no mark"
+        time.sleep(0.01)
 
+
+def wait_until_deaf(pid: int) -> None:
+    """Until the guard has said so to the kernel: SigIgn of its status has these three."""
+    deaf_to = sum(1 << (number - 1) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     until = time.monotonic() + 20
     while time.monotonic() < until:
         with open(f"/proc/{pid}/status") as status:
             ignored = next(line for line in status if line.startswith("SigIgn:"))
-        if int(ignored.split()[1], 16) >> (signal.SIGTERM - 1) & 1:
+        if int(ignored.split()[1], 16) & deaf_to == deaf_to:
             return
         time.sleep(0.01)
-    raise AssertionError("the guard does not ignore SIGTERM")
+    raise AssertionError("the guard does not ignore all of them")
 
 
 def test_releasing_a_guard_with_nothing_left_to_kill_ends_it() -> None:
