@@ -162,7 +162,9 @@ class RayRuntime:
         try:
             handle = self._handles.get(actor)
             if handle is None:
-                handle = self._handles[actor] = ray.get_actor(actor, namespace=NAMESPACE)
+                # Ray asks its control service for it, a minute long if that is gone: not on the loop.
+                handle = await asyncio.to_thread(ray.get_actor, actor, namespace=NAMESPACE)
+                self._handles[actor] = handle
             reply: bytes = await getattr(handle, method).remote(pickle.dumps(list(items), protocol=5))
         except RayTaskError as error:
             raise error.as_instanceof_cause() from None
