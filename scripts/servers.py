@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
 import structlog
@@ -67,6 +67,17 @@ def local_cassandra(settings: Settings, progress: Progress) -> LocalCassandra:
         progress=progress,
         setting_names=CASSANDRA_SETTING_NAMES,
     )
+
+
+async def all_of(starts: Iterable[Coroutine[Any, Any, object]]) -> None:
+    """Run them side by side. When one fails, or the caller is cancelled, none is left running."""
+    starting = [asyncio.ensure_future(start) for start in starts]
+    try:
+        await asyncio.gather(*starting)
+    finally:
+        for each in starting:
+            each.cancel()
+        await asyncio.wait(starting)
 
 
 class Pauses:

@@ -33,7 +33,7 @@ from scripts import preflight
 from scripts.cli.errors import expected
 from scripts.cli.exit_codes import ExitCode
 from scripts.cli.system import stack_lock_path, stack_state_path, write_atomically
-from scripts.servers import KeptServer, local_cassandra, local_kafka, until_stopped
+from scripts.servers import KeptServer, all_of, local_cassandra, local_kafka, until_stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -76,14 +76,9 @@ class _Stack:
         for server in self._servers:
             server.server.choose_ports()
         self._progress("Starting Kafka and Cassandra")
-        starting = [asyncio.ensure_future(server.start()) for server in self._servers]
+        starting = asyncio.ensure_future(all_of(server.start() for server in self._servers))
         self._write_state()
-        try:
-            await asyncio.gather(*starting)
-        finally:
-            for each in starting:
-                each.cancel()
-            await asyncio.wait(starting)
+        await starting
         self._write_state()
         self._on_ready(ready_line(self._state()))
         await asyncio.gather(*(server.keep() for server in self._servers))

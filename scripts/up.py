@@ -62,7 +62,7 @@ from scripts.control import ControlServer
 from scripts.endpoints import Endpoints
 from scripts.outside import Outside, close_all, trouble_of, wait_until_reachable
 from scripts.parts import REAL, Cluster, Parts, Worker, first_to_end
-from scripts.servers import KeptServer, Pauses, Progress, Server, until_stopped
+from scripts.servers import KeptServer, Pauses, Progress, Server, all_of, until_stopped
 from scripts.worker import WorkerSetup, write_setup
 
 log = structlog.get_logger()
@@ -240,15 +240,8 @@ class _Supervisor:
         for server in self._servers:
             server.server.choose_ports()
         self._locate()
-        work = (self._start_ray_patiently(), self._start_kafka(), self._start_storage())
-        starting = [asyncio.ensure_future(each) for each in work]
-        try:
-            # Whichever fails first ends the start; the others are stopped with everything else.
-            await asyncio.gather(*starting)
-        finally:
-            for each in starting:
-                each.cancel()
-            await asyncio.wait(starting)
+        # Whichever fails first ends the start; the others are stopped with everything else.
+        await all_of([self._start_ray_patiently(), self._start_kafka(), self._start_storage()])
         if self._actors_know != self._settings.storage_url:  # another process took Cassandra's port before it did
             await self._stop_ray()
             await self._start_ray_patiently()

@@ -11,7 +11,7 @@ from infra.messaging.connection import Kafka
 from infra.storage.port import Storage
 from scripts.connections import kafka_connection, open_storage
 from scripts.preflight import check_directory, hold
-from scripts.servers import Server, local_cassandra, local_kafka
+from scripts.servers import Server, all_of, local_cassandra, local_kafka
 
 Progress = Callable[[str], None]
 
@@ -42,13 +42,13 @@ async def at_rest(settings: Settings, progress: Progress) -> AsyncIterator[AtRes
 
 
 async def _started(settings: Settings, stack: AsyncExitStack, progress: Progress) -> Settings:
-    async def start(server: Server) -> str:
-        await server.start()
-        stack.push_async_callback(server.stop)
-        return server.address
-
     progress("Starting Kafka" if settings.profile == "local" else "Starting Kafka and Cassandra")
-    storage_url = settings.storage_url
-    if settings.profile == "stack":
-        storage_url = f"cassandra://{await start(local_cassandra(settings, progress))}/"
-    return settings.located(bootstrap_servers=await start(local_kafka(settings, progress)), storage_url=storage_url)
+    kafka = local_kafka(settings, progress)
+    cassandra = local_cassandra(settings, progress) if settings.profile == "stack" else None
+    servers: list[Server] = [kafka] if cassandra is None else [kafka, cassandra]
+    for server in servers:
+        server.choose_ports()
+        stack.push_async_callback(server.stop)
+    await all_of(server.start() for server in servers)
+    storage_url = settings.storage_url if cassandra is None else f"cassandra://{cassandra.address}/"
+    return settings.located(bootstrap_servers=kafka.address, storage_url=storage_url)
