@@ -8,7 +8,8 @@ and systems of its own, so that all tests that need the same ones go to the same
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,10 @@ LANES = {
     "systems": (
         "chaos",
         "stack",
-        "workers",
-        "end_to_end",
         "backup/test_rehearsals.py",
+        "workers",
+        "end_to_end/test_failpoints.py",
+        "end_to_end",
         "actors/test_rules_on_cassandra.py",
     ),
     "servers": (
@@ -140,13 +142,35 @@ async def system(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Syst
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def stack_system(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
+async def started_stack_system(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[tuple[System, Callable[[], Awaitable[None]]]]:
+    """The system of `stack_system`, and what stops it."""
+    from tests.end_to_end.harness import running_system
+
+    async with AsyncExitStack() as stack:
+        whole = running_system(tmp_path_factory.mktemp("stack"), profile="stack")
+        yield await stack.enter_async_context(whole), stack.aclose
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def stack_system(
+    started_stack_system: tuple[System, Callable[[], Awaitable[None]]], request: pytest.FixtureRequest
+) -> AsyncIterator[System]:
     """A whole system on Kafka and Cassandra, from `concord up --profile stack`: 30 s and 4 GB.
 
     It has servers of its own, since the names of its topics and keyspaces are those of every system. A test may kill
-    any of its processes, for the supervisor brings them back, and leaves it running and at rest.
+    any of its processes, for the supervisor brings them back, and leaves it running and at rest. It ends with the last
+    test that wants it, for it takes time from all others.
     """
-    from tests.end_to_end.harness import running_system
+    system, stop = started_stack_system
+    yield system
+    if request.node is [item for item in request.session.items if wants_the_stack(item)][-1]:
+        await stop()
 
-    async with running_system(tmp_path_factory.mktemp("stack"), profile="stack") as whole:
-        yield whole
+
+def wants_the_stack(item: pytest.Item) -> bool:
+    """By the fixture's name, or by that of the profile, of which it is made."""
+    callspec = getattr(item, "callspec", None)
+    by_profile = callspec is not None and "stack" in callspec.params.values()
+    return by_profile or "stack_system" in getattr(item, "fixturenames", ())
