@@ -54,7 +54,8 @@ class Sender:
     @contextlib.asynccontextmanager
     async def sending(self) -> AsyncIterator[Sender]:
         """Send from all lanes until the end of the block; then what is under way is acknowledged first."""
-        await self._producer.start()
+        with contextlib.suppress(MessagingError):  # The lanes try again, as after every other failure.
+            await self._producer.start()
         lanes = [asyncio.create_task(self._send(lane)) for lane in self.acknowledged]
         try:
             yield self

@@ -49,6 +49,8 @@ PAUSE_LONG_S = (2.0, 9.0)
 """From the moment all is whole again to the next fault."""
 
 UNANSWERED_SHORT = 50
+PATIENCE_SHORT = 3.0
+"""The short form runs beside other tests; how soon everything is whole again is shown by the long one, alone."""
 UNANSWERED_LONG = 300
 """So many commands may wait for their answers before the client waits, too. What has piled up at the end must be
 answered within SETTLED_WITHIN_S: in a short run by a machine that has other tests to do; in a long one it has not."""
@@ -104,6 +106,7 @@ class _Run:
             points=points(seed),
             published=self._client.published,
             publish=self._client.publish,
+            patience=1.0 if self._long else PATIENCE_SHORT,
         )
         self._done: list[Done] = []
         self._every_failpoint = set(FAILPOINTS_ARMED) if self._long else set()

@@ -64,7 +64,10 @@ class Done:
 
 
 class Injector:
-    """Injects into one standing system. `published` is what the client has published so far, `publish` how more is."""
+    """Injects into one standing system. `published` is what the client has published so far, `publish` how more is.
+
+    `patience` is how many times a fault's bound everything may take to be whole again.
+    """
 
     def __init__(
         self,
@@ -75,6 +78,7 @@ class Injector:
         points: Iterator[str],
         published: Sequence[Message],
         publish: Publish,
+        patience: float = 1.0,
     ) -> None:
         self._standing = standing
         self._system = standing.system
@@ -83,6 +87,7 @@ class Injector:
         self._points = points
         self._published = published
         self._publish = publish
+        self._patience = patience
 
     async def inject(self, fault: Fault) -> Done:
         """Do it, and wait until all is whole. What does not become whole within its bound is a trouble of `Done`."""
@@ -92,15 +97,15 @@ class Injector:
         finally:
             self._undo()
         done.injected_s = time.monotonic()
-        left = ""
-        while time.monotonic() - done.injected_s < fault.bound_s:
+        bound_s, left = fault.bound_s * self._patience, ""
+        while time.monotonic() - done.injected_s < bound_s:
             left = await asyncio.to_thread(self._not_whole, changed_since)
             if not left:
                 break
             await asyncio.sleep(LOOKED_EVERY_S)
         done.over_s = time.monotonic()
         if left:
-            done.trouble = f"{fault.name} ({done.target}): not whole within {fault.bound_s:.0f} s: {left}"
+            done.trouble = f"{fault.name} ({done.target}): not whole within {bound_s:.0f} s: {left}"
         return done
 
     # --- what is done ---------------------------------------------------------------------------------------------
