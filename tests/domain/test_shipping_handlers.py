@@ -6,7 +6,7 @@ import uuid
 from itertools import product as pairs
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from shop import Shop, arrange
 
@@ -167,6 +167,7 @@ def test_the_address_names_the_region() -> None:
     assert arrange(address=Address(region="France")).routing_key == shipping_key("France", "o1")
 
 
+@settings(deadline=None)
 @given(st.uuids())
 def test_a_tracking_number_is_readable_and_comes_from_the_shipment_alone(shipment_id: uuid.UUID) -> None:
     number = tracking_number(str(shipment_id))
@@ -175,6 +176,7 @@ def test_a_tracking_number_is_readable_and_comes_from_the_shipment_alone(shipmen
     assert number == tracking_number(str(shipment_id))
 
 
+@settings(deadline=None)
 @given(st.uuids(), st.integers(2, 14), st.sampled_from(ALPHABET))
 def test_one_wrong_character_is_found(shipment_id: uuid.UUID, place: int, char: str) -> None:
     number = tracking_number(str(shipment_id))

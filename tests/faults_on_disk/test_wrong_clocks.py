@@ -21,4 +21,4 @@ async def test_a_wrong_clock_makes_conflicts_and_never_a_wrong_outcome(
 
     assert report["wrong"] == []
     for seen in report["clock was wrong by (s)"]:
-        assert [round(error, -1) for error in seen] == list(CLOCKS[name]), "the clock was not wrong"
+        assert seen == pytest.approx(CLOCKS[name], abs=10), "the clock was not wrong"

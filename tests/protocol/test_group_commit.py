@@ -1,8 +1,8 @@
 """Transactions that commit at once and share a state row: who comes along, who is left out, what failing does.
 
 Played on memory behind a gate that is shut, as in front of Cassandra: one batch at a time into a partition, and every
-statement gives way to other tasks. Nothing here waits for time to pass but the patience of a group (milliseconds), and
-then for a member that is held until the test lets it go.
+statement gives way to other tasks. Nothing here waits for time to pass but the patience of a group that leaves
+somebody behind, and then for a member that is held until the test lets it go.
 """
 
 from __future__ import annotations
@@ -131,8 +131,15 @@ def patience_s() -> float:
 
 
 @pytest.fixture
-async def groups(patience_s: float, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Groups]:
+def turn_s() -> float:
+    """And a group goes before the next however long it takes. A test of groups that hang says otherwise."""
+    return 60.0
+
+
+@pytest.fixture
+async def groups(patience_s: float, turn_s: float, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Groups]:
     monkeypatch.setattr(group_commit, "SHORTEST_PATIENCE_S", patience_s)
+    monkeypatch.setattr(group_commit, "LONGEST_TURN_S", turn_s)
     made = Groups(MemoryStorage(Atomicity.PARTITION))
     await made.create()
     await made.given({number: 10 * number for number in range(1, ACCOUNTS + 1)})
@@ -242,7 +249,7 @@ def test_the_id_of_a_group_looks_like_one_and_no_two_are_the_same() -> None:
 # -- who is left out
 
 
-@pytest.mark.parametrize("patience_s", [group_commit.SHORTEST_PATIENCE_S])
+@pytest.mark.parametrize("patience_s", [1.0])
 async def test_a_slow_member_is_left_out_and_commits_by_a_row_of_its_own(groups: Groups) -> None:
     slow, *others = [await groups.changing(1, partition=2), await groups.changing(1), await groups.changing(2)]
     held = Held()
@@ -302,6 +309,7 @@ async def test_who_is_the_only_one_left_in_its_group_has_a_row_of_its_own(groups
     assert await groups.in_doubt() == 0
 
 
+@pytest.mark.parametrize("turn_s", [group_commit.LONGEST_TURN_S])
 async def test_members_that_hang_do_not_hold_up_the_next_group(groups: Groups) -> None:
     """As many groups as may prepare at a time, each with a member whose prepare is not answered."""
     stuck, hanging = [], []

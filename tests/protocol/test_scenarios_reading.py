@@ -72,14 +72,20 @@ async def test_scenario_03_of_two_gets_at_once_the_first_to_be_answered_counts_f
     await world.given({1: 10})
     transaction = world.begin(Isolation.SNAPSHOT)
 
+    other_is_answered = asyncio.Event()
+
     async def be_overtaken() -> None:
-        for _ in range(5):
-            await asyncio.sleep(0)
+        await other_is_answered.wait()
         await world.commits(lambda other: other.update(ACCOUNT, key(1), {"balance": 11}))
+
+    async def other_get() -> Row | None:
+        found = await transaction.get(ACCOUNT, key(1))
+        other_is_answered.set()
+        return found
 
     world.storage.visit_before(lambda call: call.method == "get", be_overtaken)
 
-    found = await asyncio.gather(transaction.get(ACCOUNT, key(1)), transaction.get(ACCOUNT, key(1)))
+    found = await asyncio.gather(transaction.get(ACCOUNT, key(1)), other_get())
 
     assert found == [row(1, 10), row(1, 10)]
 

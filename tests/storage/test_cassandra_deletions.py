@@ -38,7 +38,7 @@ async def run(cassandra: LocalCassandra) -> AsyncIterator[Run]:
 
     def execute(statement: str, trace: bool = False) -> Any:
         result = session.execute(statement, trace=trace, timeout=30)
-        return [event.description for event in result.get_query_trace(10).events] if trace else list(result)
+        return [event.description for event in result.get_query_trace(60).events] if trace else list(result)
 
     async def run(statement: str, *, trace: bool = False) -> Any:
         return await asyncio.to_thread(execute, statement, trace)

@@ -560,7 +560,7 @@ async def test_a_paused_server_leaves_outcomes_unknown_and_its_late_writes_meet_
     patient = CassandraStorage([server.contact_point], server.port, request_timeout_s=60.0)
     try:
         await patient.create_table(TABLE)
-        for storage in (hasty, patient):
+        for storage in (patient, hasty):  # The first statements of a server take their time.
             await storage.mutate([Put(TABLE, at(str(id(storage))), {"v": 0, "w": ""}, IfNotExists())])
             await storage.get(TABLE, at("warm"))
         keys = [at(f"late{n}") for n in range(20)]

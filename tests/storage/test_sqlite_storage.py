@@ -58,7 +58,7 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def storage(directory: Path) -> AsyncIterator[SqliteStorage]:
-    storage = SqliteStorage(directory, lock_timeout_ms=5_000)
+    storage = SqliteStorage(directory, lock_timeout_ms=60_000)
     yield storage
     await storage.close()
 
