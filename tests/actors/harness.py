@@ -236,7 +236,8 @@ class System:
         self.storage = Weather(storage, serializes_batches=serializes_batches)
         self.config = SystemConfig(
             placement,
-            retry=retry or RetryPolicy(first_ms=2, most_ms=20),
+            # Ten tries in a second: what stands in their way is settled by then, be the disk as slow as it may.
+            retry=retry or RetryPolicy(first_ms=2, most_ms=1_000),
             domains="harness:SCRIPTED_DOMAINS",
             outcome_window_ms=outcome_window_ms,
             sweep_interval_s=sweep_interval_s,

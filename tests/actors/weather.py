@@ -18,7 +18,7 @@ from infra.storage.forwarding import ForwardingStorage
 from infra.storage.operations import CrossPartition, Key, Mutation, Row, Scan, StorageInfo, TableSchema, Value
 from infra.storage.port import Storage, atomic_unit
 
-PATIENT_S = 20.0
+PATIENT_S = 60.0
 """How long a test waits for what must happen before it says that it did not."""
 
 

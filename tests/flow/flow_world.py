@@ -221,7 +221,7 @@ class FlowWorld:
         offsets = await committed_offsets(self.bootstrap_servers, self.group)
         return {number: offset for (topic, number), offset in offsets.items() if topic.endswith(".commands")}
 
-    async def wait_for_acknowledged(self, total: int, *, within_s: float = 15.0) -> None:
+    async def wait_for_acknowledged(self, total: int, *, within_s: float = 60.0) -> None:
         async def are_there() -> bool:
             return sum((await self.acknowledged()).values()) >= total
 
@@ -241,7 +241,7 @@ class FlowWorld:
         """A worker in this process, for tests that kill nothing."""
         worker = LocalWorker(self, name, settings)
         self.local.append(worker)
-        await until(lambda: worker.stream_worker.ready or worker.run.done())
+        await until(lambda: worker.stream_worker.ready or worker.run.done(), within_s=60)
         return worker
 
     async def start_worker(self, name: str = "worker-0", **settings: Any) -> WorkerProcess:
@@ -283,7 +283,7 @@ def worker_options(
     bootstrap_servers: str, domain: str, group: str, name: str, directory: Path, settings: dict[str, Any]
 ) -> WorkerOptions:
     """`settings` are fields of WorkerOptions; limits and patience are mappings."""
-    made = {"projected_domain": "", "consumer_group": group, **settings}
+    made = {"projected_domain": "", "consumer_group": group, "acknowledge_every_s": 0.05, **settings}
     made["limits"] = Limits(**made.get("limits", {}))
     made["patience"] = Patience(**made.get("patience", {}))
     return WorkerOptions(
@@ -360,7 +360,7 @@ class WorkerProcess:
         _, health = await self.get("/healthz")
         return sum(partition["waiting"] for partition in health["partitions"])
 
-    async def exit_code(self, *, within_s: float = 30.0) -> int:
+    async def exit_code(self, *, within_s: float = 60.0) -> int:
         await until(lambda: self.process.poll() is not None, within_s=within_s)
         return self.process.returncode
 

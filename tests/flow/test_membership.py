@@ -101,7 +101,8 @@ async def test_a_group_that_rebalances_while_a_worker_stops_does_not_keep_it_fro
         await on_revoked(worker, *arguments, **named)
 
     monkeypatch.setattr(StreamWorker, "_on_revoked", noted)
-    first, second, idle = [await world.start_local(f"worker-{number}", **PATIENT_SESSION) for number in range(3)]
+    patient = {"stop_patience_s": 60.0, **PATIENT_SESSION}
+    first, second, idle = [await world.start_local(f"worker-{number}", **patient) for number in range(3)]
     await until(lambda: shares(first, second, idle) == [0, 1, 1])
     world.hold_path.touch()
     await world.send([("h", b"key-0", b"hold")])
@@ -116,7 +117,7 @@ async def test_a_group_that_rebalances_while_a_worker_stops_does_not_keep_it_fro
     await until(lambda: busy.stream_worker in told)  # by one of its heartbeats
     assert not busy.run.done()
     world.hold_path.unlink()
-    await asyncio.wait_for(busy.run, 5)
+    await asyncio.wait_for(busy.run, 30)  # half of the time after which the group would help itself
     await until(lambda: shares(others[1]) == [2])
     await world.send([("later", b"key-0", b"{}")])
     await world.wait_for_acknowledged(2)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from flow_world import raw_command
+from flow_world import raw_command, until
 
 from streams.partitions import Limits, LostMessageError, Partition, Pipelines, Received
 
@@ -134,13 +134,13 @@ async def test_a_message_larger_than_a_batch_is_a_batch_of_its_own() -> None:
 
 
 async def test_a_lone_message_waits_a_moment_for_company() -> None:
-    bench = Bench(limits=Limits(linger_s=0.02))
+    bench = Bench(limits=Limits(linger_s=0.5))
     bench.offer(0)
     await settle()
     assert bench.batches == []
 
     bench.offer(1)
-    await asyncio.sleep(0.1)
+    await until(lambda: bench.batches != [])
 
     assert bench.batches == [(P0, [0, 1])]
 

@@ -189,7 +189,7 @@ def run(body: str) -> subprocess.CompletedProcess[str]:
 
 async def test_a_process_that_stands_still_ends() -> None:
     ended = await asyncio.to_thread(
-        run, "asyncio.run(beating(Watchdog(look=lambda: STUCK, stalled_after_s=0.5, tick_s=0.1)))"
+        run, "asyncio.run(beating(Watchdog(look=lambda: STUCK, stalled_after_s=2, tick_s=0.1)))"
     )
     assert ended.returncode == EXIT_STALLED
     assert "nothing was tried in orders.commands[0]" in ended.stdout

@@ -146,7 +146,8 @@ async def test_a_broker_that_nobody_started_is_named_with_the_remedy() -> None:
 async def test_a_silent_broker_is_reported_in_time_and_the_producer_recovers_with_it(kafka: LocalKafka) -> None:
     topic = await fresh_topic(kafka)
     assert kafka.pid is not None
-    async with started(kafka, delivery_timeout_ms=1000) as producer:
+    # Time enough for a broker that answers, and too little for it to be taken for dead by its own controller.
+    async with started(kafka, delivery_timeout_ms=3000) as producer:
         await producer.send_and_wait(topic, b"key", b"before")
         os.kill(kafka.pid, signal.SIGSTOP)
         try:
