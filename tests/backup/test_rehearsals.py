@@ -115,10 +115,10 @@ async def backup_under_load(system: System, to: Path, load: Sequence[Sent]) -> t
 
 
 async def restore(backup: Path, running: RunningSystem) -> Finished:
-    return await asyncio.to_thread(running.concord, "restore", str(backup), "--yes")
+    return await asyncio.to_thread(running.concord, "restore", str(backup), "--yes", timeout_s=600)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 async def test_what_was_lost_with_its_tables_comes_back_from_the_backup_and_the_log_that_survived(
     tmp_path: Path,
 ) -> None:
@@ -193,7 +193,7 @@ async def test_what_was_lost_with_its_tables_comes_back_from_the_backup_and_the_
     check_files(Path(at_rest.lines[0]["backup"]))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 async def test_a_stack_is_backed_up_under_load_and_comes_back_on_new_servers_after_the_loss_of_everything(
     stack_system: System, tmp_path: Path
 ) -> None:

@@ -237,7 +237,7 @@ def served(pages: list[bytes]) -> Iterator[str]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
@@ -315,7 +315,7 @@ def test_a_page_that_is_not_there_is_said_in_a_sentence(name: str, tmp_path: Pat
 
 def test_the_exporter_serves_the_page_of_a_directory_and_nothing_else(tmp_path: Path) -> None:
     exporter = Exporter(tmp_path, ("127.0.0.1", 0))
-    threading.Thread(target=exporter.serve_forever, daemon=True).start()
+    threading.Thread(target=exporter.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     url = f"http://127.0.0.1:{exporter.server_address[1]}"
     try:
         with urllib.request.urlopen(f"{url}/metrics", timeout=10) as found:

@@ -11,12 +11,19 @@ import pytest
 import pytest_asyncio
 from secure_servers import SecureCassandra, SecureKafka, running_secure_cassandra, running_secure_kafka
 
+from infra.messaging import connection
 from infra.telemetry import _LIBRARY_LEVELS
 
 PLANTED = "planted-"
 """What every secret of these tests begins with."""
 
 Stop = Callable[[], Awaitable[None]]
+
+
+@pytest.fixture(autouse=True)
+def reasons_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why a broker refuses is asked once more, and is unknown if no answer comes in time: here, in a long time."""
+    monkeypatch.setattr(connection, "_PROBE_TIMEOUT_MS", 60_000)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

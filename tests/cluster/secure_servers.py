@@ -153,7 +153,7 @@ class TokenEndpoint:
 
     @contextmanager
     def serving(self) -> Iterator[TokenEndpoint]:
-        thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
         try:
             yield self

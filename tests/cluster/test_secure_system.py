@@ -25,6 +25,7 @@ from secure_servers import KEY_PASSWORD, PASSWORD, USER, SecureCassandra, Secure
 
 from scripts.preflight import free_port
 from scripts.proof.running import NotAsAskedError, RunningSystem, clean_environment, concord_program
+from scripts.up import RAY_STARTS
 
 pytestmark = pytest.mark.system
 
@@ -93,6 +94,17 @@ MARK = "NODE_OF_RAY_IN"
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[RayNode]:
+    for _ in range(RAY_STARTS):
+        with started_ray() as node:
+            if node is not None:
+                yield node
+                return
+    pytest.fail(f"Ray ended {RAY_STARTS} times while it started")
+
+
+@contextmanager
+def started_ray() -> Iterator[RayNode | None]:
+    """None where Ray ended by itself: on a busy machine it gives its own agents up too early."""
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # Ray's sockets need a short path
     port, dashboard_port = free_port(), free_port()
     node = RayNode(folder, port, f"http://127.0.0.1:{dashboard_port}")
@@ -109,8 +121,8 @@ def ray() -> Iterator[RayNode]:
         start_new_session=True,
     )
     try:
-        until(lambda: status_of(f"{node.dashboard}/api/gcs_healthz") == 200)
-        yield node
+        until(lambda: process.poll() is not None or status_of(f"{node.dashboard}/api/gcs_healthz") == 200)
+        yield node if process.poll() is None else None
     finally:
         process.terminate()
         process.wait(30)
@@ -191,7 +203,14 @@ def use(system: RunningSystem, tmp_path: Path, ray: RayNode) -> None:
     written = [path for folder in (tmp_path, ray.folder) for path in files(folder) if path != private]
     assert {system.log_path, system.directory / "runtime.json", ray.folder / "start.log"} <= set(written)
     assert any("gcs_server" in path.name for path in written)
-    assert [path for path in written if PLANTED in path.read_bytes()] == []
+    assert [path for path in written if PLANTED in content(path)] == []
+
+
+def content(path: Path) -> bytes:
+    """Nothing of a file that is gone: this Ray runs on, and writes some of its files beside their places first."""
+    with suppress(FileNotFoundError):
+        return path.read_bytes()
+    return b""
 
 
 STOCK = {

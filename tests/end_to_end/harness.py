@@ -190,6 +190,7 @@ class System:
 
     async def check(self) -> None:
         """The standing check of a system at rest: nothing in doubt, `concord check`, and an independent consumer."""
+        await self.ready()  # What was killed is there again: until then nothing need be settled.
         await self._settled()
         report = await check_system(self.known, wait_s=30)
         assert report["ok"], report["offenders"]

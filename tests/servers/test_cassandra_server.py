@@ -137,13 +137,15 @@ async def test_settings_are_laid_over_the_defaults_and_the_package_brings_a_java
 
 async def test_a_second_start_on_the_same_directory_is_refused_and_names_the_process(own: LocalCassandra) -> None:
     await own.start()
+    pid = own.pid
 
     with pytest.raises(AlreadyRunningError) as caught:
         await LocalCassandra(own.directory, lock_wait_s=0).start()
 
-    assert f"process {own.pid}" in str(caught.value)
-    assert f"kill {own.pid}" in str(caught.value)
-    assert await cassandra_module._cluster_name_at(LOOPBACK, own.port) == own.cluster_name, "it was left alone"
+    assert f"process {pid}" in str(caught.value)
+    assert f"kill {pid}" in str(caught.value)
+    await own.wait_ready()
+    assert own.pid == pid, "it was left alone"
 
 
 async def test_a_paused_cassandra_answers_nobody_until_it_is_resumed(own: LocalCassandra) -> None:

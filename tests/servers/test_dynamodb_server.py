@@ -46,7 +46,7 @@ async def ask(node: LocalDynamoDb, operation: str, request: dict[str, Any], *, k
     prepared = urllib.request.Request(node.endpoint_url, json.dumps(request).encode(), headers)
 
     def blocking() -> dict[str, Any]:
-        with urllib.request.urlopen(prepared, timeout=10) as response:
+        with urllib.request.urlopen(prepared, timeout=60) as response:
             answer: dict[str, Any] = json.load(response)
             return answer
 
@@ -124,12 +124,14 @@ async def test_a_paused_dynamodb_answers_nobody_until_it_is_resumed(own: LocalDy
 
 async def test_a_second_start_on_the_same_directory_is_refused_and_names_the_process(own: LocalDynamoDb) -> None:
     await own.start()
+    pid = own.pid
 
     with pytest.raises(AlreadyRunningError) as caught:
         await LocalDynamoDb(own.directory, lock_wait_s=0).start()
 
-    assert f"kill {own.pid}" in str(caught.value)
-    assert await dynamodb_module._answers(LOOPBACK, own.port), "it was left alone"
+    assert f"kill {pid}" in str(caught.value)
+    await own.wait_ready()
+    assert own.pid == pid, "it was left alone"
 
 
 async def test_a_port_that_is_taken_is_named_with_its_parameter(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ async def test_a_server_that_is_killed_under_load_comes_back_where_it_was_and_no
 STATE_OF = {"cassandra": "storage", "kafka": "kafka"}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_the_same_directory_goes_on_first_with_its_servers_alone_and_then_as_a_stack_again(
     stack_system: System,
 ) -> None:

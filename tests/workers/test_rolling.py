@@ -146,12 +146,6 @@ async def test_the_socket_is_its_owners_alone_and_gone_after_the_stop(world: Wor
 # --- the socket alone
 
 
-async def slowly(request: Mapping[str, Any]) -> Any:
-    yield {"step": 1}
-    await asyncio.sleep(0.2)
-    yield {"step": 2}
-
-
 @pytest.fixture
 def deep(tmp_path: Path) -> Path:
     """A directory whose path is longer than the name of a socket may be."""
@@ -161,11 +155,12 @@ def deep(tmp_path: Path) -> Path:
 
 
 async def test_one_request_at_a_time_is_carried_out_and_goes_on_when_whoever_asked_is_gone(deep: Path) -> None:
-    ended = asyncio.Event()
+    enough, ended = asyncio.Event(), asyncio.Event()
 
     async def to_the_end(request: Mapping[str, Any]) -> Any:
-        async for step in slowly(request):
-            yield step
+        yield {"step": 1}
+        await enough.wait()
+        yield {"step": 2}
         ended.set()
 
     server = ControlServer(deep, {"try": to_the_end})
@@ -180,7 +175,8 @@ async def test_one_request_at_a_time_is_carried_out_and_goes_on_when_whoever_ask
             assert json.loads(await asyncio.get_running_loop().sock_recv(impatient, 100)) == {"step": 1}
             with pytest.raises(ControlError, match="busy: try"):
                 await ask(deep, {"do": "try"})
-        await asyncio.wait_for(ended.wait(), 5)
+        enough.set()
+        await asyncio.wait_for(ended.wait(), 30)
         await eventually(lambda: not server._under_way)
         assert await ask(deep, {"do": "try"}) == [{"step": 1}, {"step": 2}]
     finally:
@@ -188,10 +184,17 @@ async def test_one_request_at_a_time_is_carried_out_and_goes_on_when_whoever_ask
 
 
 async def test_a_supervisor_that_ends_in_the_middle_is_told_from_one_that_is_done(deep: Path) -> None:
-    server = ControlServer(deep, {"try": slowly})
+    begun = asyncio.Event()
+
+    async def without_end(request: Mapping[str, Any]) -> Any:
+        begun.set()
+        yield {"step": 1}
+        await asyncio.Event().wait()
+
+    server = ControlServer(deep, {"try": without_end})
     await server.start()
     asking = asyncio.ensure_future(ask(deep, {"do": "try"}))
-    await asyncio.sleep(0.05)
+    await begun.wait()
     await server.stop()
 
     with pytest.raises(ControlError, match="ended before"):

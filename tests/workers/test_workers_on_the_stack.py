@@ -13,7 +13,7 @@ import signal
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,8 @@ async def test_workers_that_come_go_and_die_every_few_seconds_lose_and_double_no
             changing = asyncio.ensure_future(told(system, "workers", str(count)))
             await asyncio.sleep(rng.uniform(1, 3))
             if there := own_workers(system):
-                os.kill(rng.choice(there)[1], signal.SIGKILL)
+                with suppress(ProcessLookupError):  # It may just have left.
+                    os.kill(rng.choice(there)[1], signal.SIGKILL)
             assert len((await changing)[-1]["workers"]) == count
         # Now all of it is the work of the one that runs apart.
         await system.answers(*(command.id for command in shop.sent), within_s=60)
@@ -207,6 +208,13 @@ async def lag_of(system: System, topic: str) -> float:
     )
 
 
+async def until_lag(system: System, topic: str, least: int) -> None:
+    """It is measured every two seconds, and on a busy machine less often."""
+    async with asyncio.timeout(30):
+        while await lag_of(system, topic) < least:  # noqa: ASYNC110 - what is asked sets no event
+            await asyncio.sleep(0.5)
+
+
 async def unserved(system: System) -> float:
     """Storage calls whose deadline passed, or that found nobody to serve them."""
     return sum(value for (name, _), value in (await metrics(system)).items() if name == "concord_storage_errors_total")
@@ -252,7 +260,7 @@ async def test_while_cassandra_stands_still_the_lag_grows_and_no_process_does(st
         await system.publish_all(*more)
         await asyncio.sleep(5)  # time for all of it to come in, which must not happen
         later = {role: private_bytes(pid) for role, pid in processes.items()}
-        assert await lag_of(system, "payment.commands") >= len(many)
+        await until_lag(system, "payment.commands", len(many))
         assert await unserved(system) > refused_before, "no call of the storage met its deadline"
         assert not [command for command in many if system.witness.answers(command.id)]
     finally:
