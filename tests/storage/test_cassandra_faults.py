@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
+from cassandra.cluster import EXEC_PROFILE_DEFAULT
 
 from infra.storage.cassandra import CassandraStorage, _Table
 from infra.storage.errors import (
@@ -92,11 +93,18 @@ async def proxy(cassandra: LocalCassandra) -> AsyncIterator[TcpProxy]:
 
 @pytest.fixture
 async def proxied(direct: CassandraStorage, proxy: TcpProxy) -> AsyncIterator[CassandraStorage]:
-    storage = CassandraStorage([proxy.host], proxy.port, request_timeout_s=TIMEOUT_S, max_in_flight=8)
+    storage = CassandraStorage([proxy.host], proxy.port, request_timeout_s=60.0, max_in_flight=8)
     await storage.get(TABLE, at("warm"))
     yield storage
     proxy.pass_on()
     await storage.close()
+
+
+def in_a_hurry(storage: CassandraStorage) -> None:
+    """From now on `storage` waits for no answer that will never come. Before, it has all the time that it wants."""
+    session = storage._session._session
+    assert session is not None
+    session.get_execution_profile(EXEC_PROFILE_DEFAULT).request_timeout = TIMEOUT_S
 
 
 WRITES: dict[str, list[Mutation]] = {
@@ -153,6 +161,7 @@ async def test_a_write_whose_answer_is_lost_is_unknown_and_a_read_tells_that_it_
     await prepared_and_undone(proxied, direct)
     if how == "swallowed":
         proxy.swallow_answers()
+        in_a_hurry(proxied)
         answers = await outcomes(proxied, list(WRITES.values()))
         assert [type(answer) for answer in answers] == [UnknownOutcomeError] * len(WRITES)
     else:
@@ -172,6 +181,7 @@ async def test_a_write_whose_request_is_lost_is_as_unknown_and_a_competing_write
 ):
     await prepared_and_undone(proxied, direct)
     proxy.swallow_requests()
+    in_a_hurry(proxied)
 
     [answer] = await outcomes(proxied, [WRITES["insert"]])
 
@@ -186,6 +196,7 @@ async def test_a_condition_that_did_not_hold_is_as_unknown_when_nobody_says_so(
     await prepared_and_undone(proxied, direct)
     await direct.mutate([Put(TABLE, at("insert"), {"v": 7}, IfNotExists())])
     proxy.swallow_answers()
+    in_a_hurry(proxied)
 
     [answer] = await outcomes(proxied, [WRITES["insert"]])
 
@@ -201,6 +212,7 @@ async def test_a_read_whose_answer_is_lost_is_unavailable_with_a_remedy(proxied:
     for read in (*reads, lambda: proxied.partitions(TABLE)):
         await read()
     proxy.swallow_answers()
+    in_a_hurry(proxied)
 
     answers = await asyncio.gather(*(read() for read in reads), proxied.partitions(TABLE), return_exceptions=True)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import ray
 
 from actors.ray_runtime import RayRuntime
 from actors.runtime import ActorBusyError, ActorLostError, ActorSilentError
@@ -67,6 +69,26 @@ async def test_an_actor_that_wakes_is_asked_anew() -> None:
     assert not asking.done()
     runtime.done.set()
     assert await asking == [1]
+
+
+async def test_everything_else_goes_on_while_ray_is_asked_for_an_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its control service, Ray takes a minute to say that it does not know."""
+    asked, says_so, said_so = threading.Event(), threading.Event(), list[bool]()
+
+    def get_actor(name: str, namespace: str) -> None:
+        asked.set()
+        said_so.append(says_so.wait(10))
+        raise ValueError(name)
+
+    monkeypatch.setattr(ray, "get_actor", get_actor)
+    asking = asyncio.ensure_future(RayRuntime().ask("orders-0", "execute", [1]))
+
+    await asyncio.to_thread(asked.wait)
+    says_so.set()
+    with pytest.raises(ActorLostError):
+        await asking
+
+    assert said_so == [True], "it was told only when it had stopped asking"
 
 
 async def test_what_a_call_comes_to_is_told_though_its_actor_was_being_asked_how_it_is() -> None:
