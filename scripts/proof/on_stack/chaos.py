@@ -49,11 +49,12 @@ PAUSE_LONG_S = (2.0, 9.0)
 """From the moment all is whole again to the next fault."""
 
 UNANSWERED_SHORT = 50
-PATIENCE_SHORT = 3.0
-"""The short form runs beside other tests; how soon everything is whole again is shown by the long one, alone."""
 UNANSWERED_LONG = 300
 """So many commands may wait for their answers before the client waits, too. What has piled up at the end must be
 answered within SETTLED_WITHIN_S: in a short run by a machine that has other tests to do; in a long one it has not."""
+
+PATIENCE_SHORT = 3.0
+"""The short form runs beside other tests; how soon everything is whole again is shown by the long one, alone."""
 
 CALM_PART = 1 / 12
 """Of the time, before the first fault: what the same load comes to in peace."""
