@@ -86,6 +86,12 @@ async def answering(bootstrap: Callable[[], str]) -> AsyncIterator[Responder]:
         await task
 
 
+async def eventually(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not holds():  # noqa: ASYNC110 - the client sets no event for this
+            await asyncio.sleep(0.02)
+
+
 async def test_each_command_gets_its_own_answer_through_a_killed_broker(tmp_path: Path) -> None:
     kafka = LocalKafka(tmp_path)
     await kafka.start()
@@ -146,16 +152,16 @@ async def test_an_answer_that_is_here_before_the_place_of_its_command_is_known_i
     nameless = raw("OpenWallet", b"\x80", key="k", id=None, topic=None, headers=["ce_id="], time_ms=0)
     async with CommandClient(bootstrap, ["payment"]) as client, answering(bootstrap):
         submitted = submit(client, nameless)
-        async with asyncio.timeout(30):
-            while not client._early:  # noqa: ASYNC110 - until its answer has been read
-                await asyncio.sleep(0.02)
+        await eventually(lambda: len(confirmations) == 1)
+        [(_, _, delivered)] = confirmations
+        place = delivered.result()
+        id = f"unreadable:payment.commands:{place.partition}:{place.offset}"
+        await eventually(lambda: id in client._early)  # among answers to commands of other tests
         assert not submitted.answer.done()
 
-        [confirmation] = confirmations
-        confirm(*confirmation)
+        confirm(client, submitted, delivered)
 
-        place = submitted.delivered.result()
-        assert submitted.answer.result().id == f"unreadable:payment.commands:{place.partition}:{place.offset}"
+        assert submitted.answer.result().id == id
         assert submitted.latency_s > 0
         assert client._early == {}
 
