@@ -175,7 +175,7 @@ async def stack_system(
 
 
 def wants_the_stack(item: pytest.Item) -> bool:
-    """By the fixture's name, or by that of the profile, of which it is made."""
+    """By the fixture's name; or `whole` is to be it, where a test is played on systems of both kinds."""
     callspec = getattr(item, "callspec", None)
-    by_profile = callspec is not None and "stack" in callspec.params.values()
-    return by_profile or "stack_system" in getattr(item, "fixturenames", ())
+    played_on_it = callspec is not None and callspec.params.get("whole") == "stack"
+    return played_on_it or "stack_system" in getattr(item, "fixturenames", ())
