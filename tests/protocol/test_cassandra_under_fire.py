@@ -116,9 +116,10 @@ async def more_commits(loads: list[Load], count: int) -> None:
             await asyncio.sleep(0.02)
 
 
-async def more_troubles(loads: list[Load]) -> None:
-    """Until somebody has noticed that something is broken."""
+async def broken_for(seconds: float, loads: list[Load]) -> None:
+    """So long at least, and until somebody has noticed that something is broken."""
     before = sum(load.troubles for load in loads)
+    await asyncio.sleep(seconds)
     async with asyncio.timeout(120):
         while sum(load.troubles for load in loads) == before:  # noqa: ASYNC110 - several writers
             await asyncio.sleep(0.02)
@@ -186,13 +187,13 @@ async def test_transfers_survive_a_server_that_is_killed_and_paused_past_every_d
     async def kill_and_pause(loads: list[Load]) -> None:
         server.kill()
         await server.wait()
-        await more_troubles(loads)
+        await broken_for(1, loads)
         await server.start()
         await more_commits(loads, 20)
         for _ in range(2):
             # Statements in flight are answered to nobody, and applied when the server goes on.
             server.pause()
-            await more_troubles(loads)
+            await broken_for(1.5 * REQUEST_TIMEOUT_S, loads)
             server.resume()
             await more_commits(loads, 20)
 
@@ -202,6 +203,7 @@ async def test_transfers_survive_a_server_that_is_killed_and_paused_past_every_d
         loads, rows = await under_load(patient, managers, numbers, kill_and_pause)
 
         assert await check(judge, loads, rows) >= 100
+        assert any(load.troubles for load in loads), "nobody noticed a thing"
         with suppress(StorageError):
             await storage.close()
 
@@ -214,7 +216,7 @@ async def test_transfers_survive_answers_that_are_swallowed(server: LocalCassand
             for _ in range(3):
                 proxy.swallow_answers()
                 await proxy.lost_an_answer()
-                await more_troubles(loads)
+                await broken_for(1.5 * REQUEST_TIMEOUT_S, loads)
                 proxy.pass_on()
                 await more_commits(loads, 20)
 
@@ -222,4 +224,5 @@ async def test_transfers_survive_answers_that_are_swallowed(server: LocalCassand
         loads, rows = await under_load(patient, managers, numbers, swallow)
 
         assert await check(judge, loads, rows) >= 100
+        assert sum(len(load.unknown) + len(load.cut_off) for load in loads) >= 1, "no outcome was ever unknown"
         await storage.close()
