@@ -9,13 +9,15 @@ and systems of its own, so that all tests that need the same ones go to the same
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
+
+from tests.last_use import Stop, is_last_to_want_it
 
 TESTS = Path(__file__).parent
 
@@ -147,9 +149,7 @@ async def system(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Syst
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def started_stack_system(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> AsyncIterator[tuple[System, Callable[[], Awaitable[None]]]]:
+async def started_stack_system(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[System, Stop]]:
     """The system of `stack_system`, and what stops it."""
     from tests.end_to_end.harness import running_system
 
@@ -160,7 +160,7 @@ async def started_stack_system(
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def stack_system(
-    started_stack_system: tuple[System, Callable[[], Awaitable[None]]], request: pytest.FixtureRequest
+    started_stack_system: tuple[System, Stop], request: pytest.FixtureRequest
 ) -> AsyncIterator[System]:
     """A whole system on Kafka and Cassandra, from `concord up --profile stack`: 30 s and 4 GB.
 
@@ -170,12 +170,11 @@ async def stack_system(
     """
     system, stop = started_stack_system
     yield system
-    if request.node is [item for item in request.session.items if wants_the_stack(item)][-1]:
+    if is_last_to_want_it(request, also=is_played_on_the_stack):
         await stop()
 
 
-def wants_the_stack(item: pytest.Item) -> bool:
-    """By the fixture's name; or `whole` is to be it, where a test is played on systems of both kinds."""
+def is_played_on_the_stack(item: pytest.Item) -> bool:
+    """Of the tests that are played on systems of both kinds: `whole` is to be the stack."""
     callspec = getattr(item, "callspec", None)
-    played_on_it = callspec is not None and callspec.params.get("whole") == "stack"
-    return played_on_it or "stack_system" in getattr(item, "fixturenames", ())
+    return callspec is not None and callspec.params.get("whole") == "stack"

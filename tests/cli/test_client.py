@@ -25,6 +25,7 @@ from schemas.outcome import Answer
 from scripts.cli.check import identity
 from scripts.cli.client import CommandClient, Submitted
 from scripts.cli.send_command import Outgoing, outgoing, raw
+from tests.end_to_end.harness import eventually
 
 pytestmark = pytest.mark.system
 
@@ -84,12 +85,6 @@ async def answering(bootstrap: Callable[[], str]) -> AsyncIterator[Responder]:
     finally:
         responder.ended = True
         await task
-
-
-async def eventually(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not holds():  # noqa: ASYNC110 - the client sets no event for this
-            await asyncio.sleep(0.02)
 
 
 async def test_each_command_gets_its_own_answer_through_a_killed_broker(tmp_path: Path) -> None:
@@ -152,11 +147,12 @@ async def test_an_answer_that_is_here_before_the_place_of_its_command_is_known_i
     nameless = raw("OpenWallet", b"\x80", key="k", id=None, topic=None, headers=["ce_id="], time_ms=0)
     async with CommandClient(bootstrap, ["payment"]) as client, answering(bootstrap):
         submitted = submit(client, nameless)
-        await eventually(lambda: len(confirmations) == 1)
+        await eventually(lambda: len(confirmations) == 1, "the broker's word", within_s=30)
         [(_, _, delivered)] = confirmations
         place = delivered.result()
         id = f"unreadable:payment.commands:{place.partition}:{place.offset}"
-        await eventually(lambda: id in client._early)  # among answers to commands of other tests
+        # Among answers to commands of other tests.
+        await eventually(lambda: id in client._early, "its answer", within_s=30)
         assert not submitted.answer.done()
 
         confirm(client, submitted, delivered)

@@ -72,7 +72,8 @@ def test_after_sigkill_of_the_holder_marked_processes_end_and_others_live(spawn:
     assert holder.stdout is not None
     orphan = int(holder.stdout.readline())
     guard_pid = int(holder.stdout.readline().split()[1])
-    wait_until_marked(orphan, run)
+    # A process that is just beginning has no environment yet.
+    wait_until(lambda: orphan in guard.marked(run), "its environment has no mark")
     assert guard_pid not in guard.marked(run)
 
     holder.kill()
@@ -91,7 +92,7 @@ def test_a_guard_is_deaf_to_the_signals_of_a_terminal_and_of_a_process_group(spa
     assert sleeper.stdout is not None
     assert sleeper.stdout.readline() == "up\n"
     assert held.process.stdout is None
-    wait_until_deaf(held.process.pid)
+    wait_until(lambda: is_deaf(held.process.pid), "the guard does not ignore all of them")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         held.process.send_signal(number)
     assert held.process.poll() is None
@@ -102,25 +103,19 @@ def test_a_guard_is_deaf_to_the_signals_of_a_terminal_and_of_a_process_group(spa
     assert sleeper.wait(20) == -signal.SIGKILL
 
 
-def wait_until_marked(pid: int, run: str) -> None:
-    """A process that is just beginning has no environment yet."""
+def wait_until(holds: Callable[[], bool], otherwise: str) -> None:
     until = time.monotonic() + 20
-    while pid not in guard.marked(run):
-        assert time.monotonic() < until, "its environment has no mark"
+    while not holds():
+        assert time.monotonic() < until, otherwise
         time.sleep(0.01)
 
 
-def wait_until_deaf(pid: int) -> None:
-    """Until the guard has said so to the kernel: SigIgn of its status has these three."""
+def is_deaf(pid: int) -> bool:
+    """Whether the guard has said so to the kernel: SigIgn of its status has these three."""
     deaf_to = sum(1 << (number - 1) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-    until = time.monotonic() + 20
-    while time.monotonic() < until:
-        with open(f"/proc/{pid}/status") as status:
-            ignored = next(line for line in status if line.startswith("SigIgn:"))
-        if int(ignored.split()[1], 16) & deaf_to == deaf_to:
-            return
-        time.sleep(0.01)
-    raise AssertionError("the guard does not ignore all of them")
+    with open(f"/proc/{pid}/status") as status:
+        ignored = next(line for line in status if line.startswith("SigIgn:"))
+    return int(ignored.split()[1], 16) & deaf_to == deaf_to
 
 
 def test_releasing_a_guard_with_nothing_left_to_kill_ends_it() -> None:

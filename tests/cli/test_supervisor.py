@@ -253,15 +253,23 @@ async def until_ready(world: World) -> None:
             await asyncio.sleep(0.02)
 
 
-def start_when(may_start: asyncio.Event, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers that are started from now on wait for `may_start`."""
-    start = StandInServer.start
+async def killed_and_back(world: World, kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill a server, look at the system while it is down, and wait until it is whole. `kind` is where that is told."""
+    start, may_start = StandInServer.start, asyncio.Event()
 
     async def start_later(server: StandInServer) -> str:
         await may_start.wait()
         return await start(server)
 
     monkeypatch.setattr(StandInServer, "start", start_later)
+    world.servers[name].kill()
+    await world.servers[name].wait()
+    status, state = await is_ready(world)
+    assert (status, state[kind][name] in ("down", "starting")) == (503, True)
+
+    may_start.set()
+    await until_ready(world)
+    assert world.events.count(f"{name} started") == 2
 
 
 def marked_children() -> list[int]:
@@ -320,16 +328,8 @@ async def test_kafka_that_dies_is_started_again_and_the_system_is_not_ready_mean
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(world):
-        may_start = asyncio.Event()
-        start_when(may_start, monkeypatch)
-        world.servers["kafka"].kill()
-        await world.servers["kafka"].wait()
-        status, state = await is_ready(world)
-        assert (status, state["kafka"]["kafka"] in ("down", "starting")) == (503, True)
+        await killed_and_back(world, "kafka", "kafka", monkeypatch)
 
-        may_start.set()
-        await until_ready(world)
-        assert world.events.count("kafka started") == 2
         assert len(world.ready) == 1
         assert world.runtime["bootstrap_servers"] == "127.0.0.1:1001"
 
@@ -467,16 +467,8 @@ async def test_cassandra_that_dies_is_started_again_and_the_system_is_not_ready_
 ) -> None:
     world.profile = "stack"
     async with running(world):
-        may_start = asyncio.Event()
-        start_when(may_start, monkeypatch)
-        world.servers["cassandra"].kill()
-        await world.servers["cassandra"].wait()
-        status, state = await is_ready(world)
-        assert (status, state["storage"]["cassandra"] in ("down", "starting")) == (503, True)
+        await killed_and_back(world, "storage", "cassandra", monkeypatch)
 
-        may_start.set()
-        await until_ready(world)
-        assert world.events.count("cassandra started") == 2
         assert world.events.count("ray started") == 1
 
 

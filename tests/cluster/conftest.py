@@ -4,7 +4,7 @@ after each test a look for secrets in what was told."""
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 
 import pytest
@@ -13,11 +13,10 @@ from secure_servers import SecureCassandra, SecureKafka, running_secure_cassandr
 
 from infra.messaging import connection
 from infra.telemetry import _LIBRARY_LEVELS
+from tests.last_use import Stop, is_last_to_want_it
 
 PLANTED = "planted-"
 """What every secret of these tests begins with."""
-
-Stop = Callable[[], Awaitable[None]]
 
 
 @pytest.fixture(autouse=True)
@@ -60,12 +59,6 @@ async def secure_cassandra(
     yield cassandra
     if is_last_to_want_it(request):
         await stop()
-
-
-def is_last_to_want_it(request: pytest.FixtureRequest) -> bool:
-    """Of the tests of this run, in their order, that have the fixture which asks."""
-    users = [item for item in request.session.items if request.fixturename in getattr(item, "fixturenames", ())]
-    return request.node is users[-1]
 
 
 @pytest.fixture(autouse=True)
